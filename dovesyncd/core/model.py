@@ -1,0 +1,126 @@
+"""The nouns that every other module speaks."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple, NewType, Optional
+
+# A canonical Dovecot user name. Bytes that are not UTF-8 are kept as surrogates
+# (``os.fsdecode``), so that a name survives the way from and to Dovecot unchanged.
+User = NewType("User", str)
+PeerName = NewType("PeerName", str)
+
+
+class Priority(enum.IntEnum):
+    """Dovecot's replication priorities (2.3 src/replication/replicator/replicator-queue.h)."""
+
+    NONE = 0
+    LOW = 1
+    HIGH = 2
+    SYNC = 3
+
+
+class ChangeKind(enum.Enum):
+    """What happened to a mailbox; the value is what people read in logs and in the store."""
+
+    NEW_MAIL = "new mail"
+    FLAGS = "flags"
+    KEYWORDS = "keywords"
+    EXPUNGE = "expunge"
+    ATTRIBUTE = "attribute"
+    CREATE = "create"
+    DELETE = "delete"
+    RENAME = "rename"
+    SUBSCRIBE = "subscribe"
+    UNSUBSCRIBE = "unsubscribe"
+    LOG_GAP = "log gap"
+    NEW_USER = "new user"
+    BACKGROUND_PASS = "background pass"
+
+    @property
+    def priority(self) -> Priority:
+        return _PRIORITY.get(self, Priority.LOW)
+
+
+_PRIORITY = {
+    ChangeKind.NEW_MAIL: Priority.HIGH,
+    # Their tombstones live in a log that rotates after 170 records: without a sync
+    # before that, the peer would bring the folder back.
+    ChangeKind.DELETE: Priority.HIGH,
+    ChangeKind.RENAME: Priority.HIGH,
+    ChangeKind.BACKGROUND_PASS: Priority.NONE,
+}
+
+
+class LogPosition(NamedTuple):
+    """How far a log file has been read, and which file it was.
+
+    ``indexid`` is a creation time in seconds and identifies nothing by itself; ``digest`` is the
+    CRC-32 of all bytes before ``offset`` and tells two files of one second apart.
+    """
+
+    inode: int
+    indexid: int
+    file_seq: int
+    offset: int
+    digest: int
+
+
+class SyncKind(enum.Enum):
+    """Which of dsync's ways to compare two sides a sync uses."""
+
+    STATEFUL = "stateful"
+    STATELESS = "stateless"
+    FULL = "full"
+
+
+class OutcomeClass(enum.Enum):
+    """How a sync ended, as far as the daemon acts differently on it."""
+
+    OK = "ok"
+    CHANGED = "changed"
+    BUSY = "busy"
+    PEER_DOWN = "peer-down"
+    AUTH = "auth"
+    NOUSER_LOCAL = "nouser-local"
+    NOUSER_REMOTE = "nouser-remote"
+    QUOTA = "quota"
+    CONFIG = "config"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+    OTHER = "other"
+
+
+class LogLine(NamedTuple):
+    """One line that a doveadm process logged. ``level`` is debug, info, warning, error, fatal or panic."""
+
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What doveadm answered to one command, whichever way it was carried.
+
+    ``exit_code`` follows sysexits as doveadm uses them (0, 2, 64..78), or None where there was no
+    answer: ``failure`` then says why ("timeout", "disconnected", "killed by signal 9").
+    ``output`` holds the printed values in order.
+    """
+
+    exit_code: Optional[int]
+    output: tuple[str, ...] = ()
+    log: tuple[LogLine, ...] = ()
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A classified reply. ``text`` is the one line that explains it in Dovecot's own words ("" when ok);
+    ``state`` is the dsync state to keep for the next stateful sync, "" when there must be none."""
+
+    kind: OutcomeClass
+    text: str = ""
+    state: str = ""
+    # Dovecot asked for a sync without the short cuts of the one that failed.
+    wants_full: bool = False
