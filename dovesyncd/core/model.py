@@ -36,7 +36,7 @@ class ChangeKind(enum.Enum):
     UNSUBSCRIBE = "unsubscribe"
     LOG_GAP = "log gap"
     NEW_USER = "new user"
-    BACKGROUND_PASS = "background pass"
+    BACKGROUND = "background pass"
 
     @property
     def priority(self) -> Priority:
@@ -49,7 +49,7 @@ _PRIORITY = {
     # before that, the peer would bring the folder back.
     ChangeKind.DELETE: Priority.HIGH,
     ChangeKind.RENAME: Priority.HIGH,
-    ChangeKind.BACKGROUND_PASS: Priority.NONE,
+    ChangeKind.BACKGROUND: Priority.NONE,
 }
 
 
@@ -112,6 +112,50 @@ class Reply:
     output: tuple[str, ...] = ()
     log: tuple[LogLine, ...] = ()
     failure: str = ""
+
+
+class Timings(NamedTuple):
+    """How long changes are collected before a sync, in seconds. See the options of the same names."""
+
+    settle: float
+    settle_low: float
+    longest_wait: float
+
+
+class JobKey(NamedTuple):
+    user: User
+    peer: PeerName
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, and what was done, for one user and one peer. Times are Unix seconds.
+
+    Something is pending exactly if ``first_change`` is set: ``reasons`` then says what, oldest first, and
+    ``due`` when the sync may start. ``attempts`` counts the failures in a row, ``repeats`` the outcomes
+    ``changed`` in a row. ``last_pass`` is the end of the last good sync that compared everything,
+    ``next_pass`` when the next such sync is due even if nothing changes.
+    """
+
+    key: JobKey
+    priority: Priority = Priority.NONE
+    reasons: tuple[ChangeKind, ...] = ()
+    first_change: Optional[float] = None
+    due: float = 0.0
+    attempts: int = 0
+    repeats: int = 0
+    wants_full: bool = False
+    last_start: Optional[float] = None
+    last_success: Optional[float] = None
+    last_pass: Optional[float] = None
+    next_pass: float = 0.0
+    last_outcome: Optional[OutcomeClass] = None
+    last_error: str = ""
+    state: str = ""
+
+    @property
+    def pending(self) -> bool:
+        return self.first_change is not None
 
 
 @dataclass(frozen=True)

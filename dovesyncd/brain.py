@@ -1,0 +1,255 @@
+"""Runs the syncs: asks the schedule, starts what it says, and puts the outcome back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Optional
+
+from dovesyncd.core import debounce, outcome, retry
+from dovesyncd.core.dsync import sync_args
+from dovesyncd.core.health import Work
+from dovesyncd.core.model import (
+    ChangeKind,
+    Job,
+    JobKey,
+    Outcome,
+    PeerName,
+    SyncKind,
+    Timings,
+    User,
+)
+from dovesyncd.core.options import Config
+from dovesyncd.core.schedule import Pass, Schedule, SleepUntil, Start
+from dovesyncd.doveadm import Doveadm
+from dovesyncd.store import Store
+
+log = logging.getLogger(__name__)
+
+# Which failures of a user in a row are worth a line: the first and every tenth.
+_LOG_EVERY = 10
+
+
+class Brain:
+    """``drain`` makes the intake read what has happened up to now: called right before a sync starts to
+    look, so that what it will carry is not taken for a change after it."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        jobs: Mapping[JobKey, Job],
+        doveadm: Doveadm,
+        drain: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._timings = Timings(config.sync.settle, config.sync.settle_low, config.sync.longest_wait)
+        self._peers = {peer.name: peer for peer in config.peers}
+        self._store = store
+        self._doveadm = doveadm
+        self._drain = drain
+        self.jobs = dict(jobs)
+        self.users: set[User] = set()
+        self.schedule = Schedule({peer.name: peer.workers for peer in config.peers})
+        self._woken = asyncio.Event()
+        self._syncs: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._broken: Optional[BaseException] = None
+        self._acted_at = time.monotonic()
+
+    # What is to be done ---------------------------------------------------------------------------
+
+    def follow(self, users: Iterable[User]) -> set[User]:
+        """Makes these the users to replicate; returns those who were never seen before. Who is no longer
+        among them keeps his jobs, which wait for his return."""
+        now = time.time()
+        users = set(users)
+        known = {key.user for key in self.jobs}
+        departed, arrived = self.users - users, users - self.users
+        self.users = users
+        for user in departed:
+            log.info("%s: no longer listed by Dovecot, or excluded: not replicated", user)
+            for peer in self._peers:
+                self.schedule.remove(JobKey(user, peer))
+        for user in arrived:
+            for peer in self._peers:
+                key = JobKey(user, peer)
+                if key in self.jobs:
+                    self.schedule.put(self.jobs[key])
+                else:
+                    self.jobs[key] = Job(key)
+                    self._merge(key, {ChangeKind.NEW_USER}, now)
+        self._woken.set()
+        return users - known
+
+    def changed(self, user: User, kinds: Iterable[ChangeKind]) -> None:
+        kinds = frozenset(kinds)
+        now = time.time()
+        log.debug("%s: %s", user, ", ".join(sorted(kind.value for kind in kinds)))
+        for peer in self._peers:
+            key = JobKey(user, peer)
+            if key in self.jobs:
+                self._merge(key, kinds, now)
+        self._woken.set()
+
+    def _merge(self, key: JobKey, kinds: Iterable[ChangeKind], now: float) -> None:
+        job = self.jobs[key]
+        just_run = job.last_start is not None and 0 <= now - job.last_start < self._timings.settle
+        idle = key.user not in self.schedule.running and not just_run
+        self._put(debounce.merge(job, kinds, now, self._timings, idle))
+
+    def _put(self, job: Job) -> None:
+        self.jobs[job.key] = job
+        self._store.put_job(job)
+        if job.key.user in self.users:
+            self.schedule.put(job)
+
+    # Doing it ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        while not self._stopping:
+            if self._broken is not None:
+                raise self._broken
+            self._acted_at = time.monotonic()
+            now = time.time()
+            action = self.schedule.next_action(now)
+            if isinstance(action, Start):
+                self._start(action.key)
+            elif isinstance(action, Pass):
+                job = self.jobs[action.key]
+                self._put(
+                    replace(debounce.merge(job, {ChangeKind.BACKGROUND}, now, self._timings, True), due=now)
+                )
+            else:
+                await self._sleep(action, now)
+
+    async def _sleep(self, until: SleepUntil, now: float) -> None:
+        timeout = None if until.time is None else max(0.0, until.time - now)
+        try:
+            await asyncio.wait_for(self._woken.wait(), timeout)
+        except asyncio.TimeoutError:
+            pass
+        self._woken.clear()
+
+    @property
+    def work(self) -> Work:
+        """``run`` has something to do from the moment that it is woken."""
+        return Work("brain", self._acted_at if self._woken.is_set() else None, 60.0)
+
+    def _start(self, key: JobKey) -> None:
+        self.schedule.started(key)
+        task = asyncio.get_running_loop().create_task(self._sync(key), name=f"sync {key.user}")
+        self._syncs.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._syncs.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # Not an outcome of a sync but an error of this program: run() must not survive it.
+            self._broken = task.exception()
+        self._woken.set()
+
+    async def _sync(self, key: JobKey) -> None:
+        peer, options = self._peers[key.peer], self._config.sync
+        kind = retry.kind_of(self.jobs[key])
+        args = sync_args(
+            kind,
+            self.jobs[key].state,
+            lock_timeout=int(options.lock_timeout),
+            stall_timeout=int(options.stall_timeout),
+            destination=peer.destination,
+            namespaces=peer.namespaces,
+            all_namespaces=peer.all_namespaces,
+            exclude_mailboxes=peer.exclude_mailboxes,
+        )
+        covered = Job(key)
+
+        def cover() -> None:
+            nonlocal covered
+            self._drain()
+            job = self.jobs[key]
+            # What arrived since and asks for a deeper look than this sync will take stays due.
+            if retry.kind_of(job) is kind:
+                covered = job
+                self.jobs[key] = replace(debounce.clear(job), last_start=time.time())
+                self.schedule.remove(key)
+
+        began = time.monotonic()
+        try:
+            reply = await self._doveadm.run(
+                key.user, "sync", args, deadline=options.deadline, before_send=cover
+            )
+        except asyncio.CancelledError:
+            self._put(debounce.join(self.jobs[key], covered))
+            raise
+        self._conclude(covered, kind, outcome.classify(reply), time.monotonic() - began)
+
+    def _conclude(self, covered: Job, kind: SyncKind, result: Outcome, seconds: float) -> None:
+        key, now = covered.key, time.time()
+        self._note_peer(key.peer, result, now)
+        job = retry.after(
+            self.jobs[key], covered, kind, result, now, random.random(), self._config.sync.pass_interval
+        )
+        self.schedule.ended(key)
+        self._put(job)
+        self._log(covered, kind, result, seconds, job)
+
+    def _note_peer(self, name: PeerName, result: Outcome, now: float) -> None:
+        state = self.schedule.peers[name]
+        if result.kind in retry.PEER_ANSWERED:
+            down_since = self.schedule.peer_answered(name)
+            if down_since is not None:
+                log.warning(
+                    "peer %s is back after %.0f s", name, now - down_since, extra={"DOVESYNC_PEER": name}
+                )
+            return
+        failed = result.kind in retry.PEER_OUTCOMES or state.down_since is not None
+        if failed and self.schedule.peer_failed(name, now):
+            log.error(
+                "peer %s can't be used, its users wait: %s", name, result.text, extra={"DOVESYNC_PEER": name}
+            )
+
+    def _log(self, covered: Job, kind: SyncKind, result: Outcome, seconds: float, job: Job) -> None:
+        reason = ", ".join(reason.value for reason in covered.reasons) or "not begun"
+        level = logging.INFO
+        if result.kind in retry.PEER_OUTCOMES:
+            level = logging.DEBUG
+        elif job.attempts:
+            level = logging.WARNING if job.attempts % _LOG_EVERY == 1 else logging.DEBUG
+        log.log(
+            level,
+            "%s -> %s: %s: %s sync %s in %.3f s%s",
+            covered.key.user,
+            covered.key.peer,
+            reason,
+            kind.value,
+            result.kind.value,
+            seconds,
+            f": {result.text}" if result.text else "",
+            extra={
+                # As bytes, because a name need not be valid text.
+                "DOVESYNC_USER": os.fsencode(covered.key.user),
+                "DOVESYNC_PEER": covered.key.peer,
+                "DOVESYNC_REASON": reason,
+                "DOVESYNC_KIND": kind.value,
+                "DOVESYNC_OUTCOME": result.kind.value,
+                "DOVESYNC_DURATION_USEC": int(seconds * 1e6),
+            },
+        )
+
+    async def stop(self, grace: float) -> None:
+        """Starts nothing more, gives running syncs ``grace`` seconds, and cancels the rest; their changes
+        stay pending."""
+        self._stopping = True
+        self._woken.set()
+        syncs = set(self._syncs)
+        if syncs:
+            _, late = await asyncio.wait(syncs, timeout=grace)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)

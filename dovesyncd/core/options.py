@@ -1,0 +1,579 @@
+"""What can be configured: ``OPTIONS`` is the schema, and reading, ``--show-config`` and the manual follow it.
+
+``parse`` turns TOML data (dicts, lists, scalars) into a ``Config`` or into every problem at once.
+Durations are seconds (float) in a ``Config``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Union
+
+from dovesyncd.core.errors import Problem
+from dovesyncd.core.model import PeerName, User
+
+MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
+
+# A C0 or C1 control character could break out of its field in a protocol or a log.
+_CHAR = r"[^\x00-\x1f\x7f-\x9f]"
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    """``destination`` is what doveadm sync gets as its last arguments: a location, or a command's words."""
+
+    name: PeerName
+    destination: tuple[str, ...]
+    workers: int
+    namespaces: tuple[str, ...]
+    all_namespaces: bool
+    exclude_mailboxes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    settle: float
+    settle_low: float
+    longest_wait: float
+    pass_interval: float
+    lock_timeout: float
+    stall_timeout: float
+    deadline: float
+
+
+@dataclass(frozen=True)
+class UsersConfig:
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    list: tuple[User, ...]
+    refresh: float
+
+
+@dataclass(frozen=True)
+class DovecotConfig:
+    config: str
+    socket: str
+    doveadm: str
+    doveconf: str
+    index_root: str
+
+
+@dataclass(frozen=True)
+class DaemonConfig:
+    state_directory: str
+    log_level: str
+
+
+@dataclass(frozen=True)
+class Config:
+    peers: tuple[PeerConfig, ...]
+    sync: SyncConfig
+    users: UsersConfig
+    dovecot: DovecotConfig
+    daemon: DaemonConfig
+
+
+class Fault(NamedTuple):
+    """What is wrong inside a value; ``suffix`` leads to the place, such as "[2]"."""
+
+    suffix: str
+    value: object
+    expected: str
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(element) for element in value)}]"
+    # JSON's strings, integers and booleans are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What values an option takes. ``convert`` turns an accepted TOML value into that of ``Config``, and
+    ``toml`` writes it back. ``unit`` is that of a bare number. An array checks each element as ``item``."""
+
+    expected: str
+    accepts: Callable[[object], bool]
+    convert: Callable[[Any], Any] = lambda value: value
+    toml: Callable[[Any], str] = _toml
+    unit: str = ""
+    item: Optional[Kind] = None
+
+    def faults(self, value: object) -> Iterator[Fault]:
+        if not self.accepts(value):
+            yield Fault("", value, self.expected)
+        elif self.item is not None and isinstance(value, list):
+            for index, element in enumerate(value):
+                for fault in self.item.faults(element):
+                    yield fault._replace(suffix=f"[{index}]{fault.suffix}")
+
+
+_SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+
+
+def _integer(minimum: int, maximum: int) -> Kind:
+    return Kind(
+        f"an integer from {minimum} to {maximum}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum,
+    )
+
+
+def _text(pattern: str, expected: str) -> Kind:
+    return Kind(expected, lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None)
+
+
+def _choice(*words: str) -> Kind:
+    return Kind("one of " + ", ".join(map(_toml, words)), lambda value: value in words)
+
+
+def _array(item: Kind, at_least: int = 0) -> Kind:
+    expected = f"an array{' that is not empty' if at_least else ''}, each element {item.expected}"
+    return Kind(
+        expected, lambda value: isinstance(value, list) and len(value) >= at_least, convert=tuple, item=item
+    )
+
+
+def _span(minimum: float, maximum: float, whole: bool = False) -> Kind:
+    """``whole``: Dovecot takes it in seconds only."""
+
+    def accepts(value: object) -> bool:
+        seconds = read_span(value)
+        return seconds is not None and minimum <= seconds <= maximum and not (whole and seconds % 1)
+
+    what = "whole seconds, as a time span" if whole else "a time span"
+    return Kind(
+        f'{what} from {format_span(minimum)} to {format_span(maximum)}, such as "1min 30s"',
+        accepts,
+        convert=read_span,
+        toml=lambda seconds: _toml(format_span(seconds)),
+        unit="s",
+    )
+
+
+# Microseconds of each unit of systemd.time(7), without months and years; the first spelling is written.
+_UNITS = (
+    (("w", "week", "weeks"), 604_800_000_000),
+    (("d", "day", "days"), 86_400_000_000),
+    (("h", "hr", "hour", "hours"), 3_600_000_000),
+    (("min", "m", "minute", "minutes"), 60_000_000),
+    (("s", "sec", "second", "seconds"), 1_000_000),
+    (("ms", "msec"), 1_000),
+    # With the micro sign and the Greek letter.
+    (("us", "usec", "\u00b5s", "\u03bcs"), 1),
+)
+_FACTOR = {spelling: factor for spellings, factor in _UNITS for spelling in spellings}
+_TERM = re.compile(r" *([0-9]{1,12}(?:\.[0-9]{1,9})?|\.[0-9]{1,9}) *([a-z\u00b5\u03bc]*) *")
+
+
+def read_span(value: object) -> Optional[float]:
+    """A systemd time span ("1h 30min") or a bare number of seconds, in seconds; None when it is neither.
+
+    Kept to whole microseconds, so that what ``format_span`` writes reads back as the same float.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return round(value * 1_000_000) / 1_000_000 if 0 <= value < 1e12 else None
+    if not isinstance(value, str):
+        return None
+    microseconds, position, terms = 0, 0, 0
+    while position < len(value):
+        term = _TERM.match(value, position)
+        if term is None:
+            return None
+        number, unit = term.groups()
+        position, terms = term.end(), terms + 1
+        if not unit and terms == 1 and position == len(value):
+            unit = "s"
+        if unit not in _FACTOR:
+            return None
+        microseconds += round(float(number) * _FACTOR[unit])
+    return microseconds / 1_000_000 if terms else None
+
+
+def format_span(seconds: float) -> str:
+    """Seconds as a systemd time span, "1h 30min", with days as the largest unit."""
+    rest = round(seconds * 1_000_000)
+    terms = []
+    for spellings, factor in _UNITS[1:]:
+        count, rest = divmod(rest, factor)
+        if count:
+            terms.append(f"{count}{spellings[0]}")
+    return " ".join(terms) or "0s"
+
+
+def _destination() -> Kind:
+    return Kind(
+        '"tcp:HOST[:PORT]", "tcps:HOST[:PORT]", "remote:[LOGIN@]HOST", "remoteprefix:[LOGIN@]HOST", '
+        'or a command: an array of words, or a string with a "/" or a space',
+        lambda value: _is_destination(_words(value)),
+        convert=_words,
+        toml=lambda words: _toml(words[0] if len(words) == 1 else words),
+    )
+
+
+# What doveadm takes for a location and not for a command (doveadm-dsync.c, mirror_get_remote_cmd()).
+_LOCATION = re.compile(r"([A-Za-z0-9]+):(.*)")
+
+
+def _words(value: object) -> tuple[str, ...]:
+    """A destination as doveadm's arguments, () when it can't be one. Dovecot splits a lone word at spaces."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        return ()
+    if len(value) == 1 and not _LOCATION.match(value[0]):
+        value = [word for word in value[0].split(" ") if word]
+    return tuple(value)
+
+
+def _is_destination(words: tuple[str, ...]) -> bool:
+    if not words or not all(re.fullmatch(f"{_CHAR}+", word) for word in words) or words[0].startswith("-"):
+        return False
+    location = _LOCATION.fullmatch(words[0])
+    if location is None:
+        # Dovecot takes a lone word without "/" for a host to reach by ssh: more likely a forgotten "tcp:".
+        return len(words) > 1 or "/" in words[0]
+    scheme, rest = location.groups()
+    if len(words) > 1 or " " in rest:
+        return False
+    if scheme in ("remote", "remoteprefix"):
+        # ssh would take such a login or host for one of its options.
+        return all(part and not part.startswith("-") for part in rest.rsplit("@", 1))
+    return scheme in ("tcp", "tcps") and _is_address(rest)
+
+
+def _is_address(text: str) -> bool:
+    """HOST, HOST:PORT, or the path of a socket (2.4). What follows the last ":" is the port to Dovecot."""
+    if "/" in text:
+        return text.startswith("/")
+    host, colon, port = text.rpartition(":") if ":" in text else (text, "", "")
+    if colon and not (re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
+        return False
+    if ":" not in host:
+        return host != "" and not host.startswith("-")
+    try:
+        ipaddress.IPv6Address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the schema. ``default`` is written as in TOML; None: the option is required."""
+
+    section: str
+    name: str
+    kind: Kind
+    default: Optional[object]
+    sentence: str
+
+    @property
+    def unit(self) -> str:
+        """The unit of a bare number, "" where there is none."""
+        return self.kind.unit
+
+
+_NAME = _text(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}",
+    "a name of 1 to 63 letters, digits, dots, dashes and underscores that begins with a letter or a digit",
+)
+_PATH_OR_EMPTY = _text(f"(/{_CHAR}*)?", 'an absolute path, or ""')
+_PROGRAM = _text(f"/{_CHAR}+|(?![-/])[^/\\x00-\\x1f\\x7f-\\x9f]+", "a program's name or absolute path")
+_INDEX_ROOT = _text(
+    f"((/|~/|%h|%{{home){_CHAR}*)?", 'an absolute path that may hold Dovecot\'s variables (%d, %n, %h), or ""'
+)
+_MASK = _text(f"{_CHAR}+", "a user name, in which * and ? match any text and any character")
+_USER = _text(f"(?!-)(?:(?![*?]){_CHAR})+", "the name of one user, without * and ?")
+_NAMESPACE = _text(f"{_CHAR}*", "a namespace as doveadm sync -n knows it")
+_MAILBOX = _text(f"{_CHAR}+", "a mailbox name, in which * and % match, or a special use such as \\Trash")
+
+OPTIONS: tuple[Option, ...] = (
+    Option("sync", "settle", _span(0, MINUTE), "100ms",
+           "How long a user's changes are collected after new mail was synced, so that a burst is one sync; "
+           "the first new mail of an idle user goes at once."),
+    Option("sync", "settle_low", _span(0, MINUTE), "300ms",
+           "How long changes that can wait (flags, keywords, expunges, subscriptions) are collected."),
+    Option("sync", "longest_wait", _span(0, HOUR), "2s",
+           "The longest that a change waits for others to follow it."),
+    Option("sync", "pass_interval", _span(MINUTE, 365 * DAY), "1d",
+           "Each user is compared with each peer once in this time, whatever the logs and the states say."),
+    Option("sync", "lock_timeout", _span(1, HOUR, whole=True), "30s",
+           "How long a sync waits for another one of the same user (doveadm sync -l)."),
+    Option("sync", "stall_timeout", _span(1, HOUR, whole=True), "1min",
+           "A sync whose peer sends nothing for so long gives up (doveadm sync -T)."),
+    Option("sync", "deadline", _span(1, 7 * DAY), "1h",
+           "A sync that takes longer is ended and tried again later; it must leave time for the first sync "
+           "of the largest user."),
+    Option("users", "include", _array(_MASK, at_least=1), ["*"],
+           "Only users that match one of these are replicated."),
+    Option("users", "exclude", _array(_MASK), [],
+           "Users that match one of these are not replicated, even if they are included."),
+    Option("users", "list", _array(_USER), [],
+           "The users, where Dovecot's userdb can't list them; when empty, userdb is asked."),
+    Option("users", "refresh", _span(1, DAY), "5min",
+           "How often userdb is asked for new and removed users."),
+    Option("dovecot", "config", _PATH_OR_EMPTY, "",
+           "The path of dovecot.conf, where it is not Dovecot's default (doveadm -c)."),
+    Option("dovecot", "socket", _PATH_OR_EMPTY, "",
+           "The path of the doveadm-server socket; when empty, it is looked for in Dovecot's base_dir."),
+    Option("dovecot", "doveadm", _PROGRAM, "doveadm", "The doveadm program."),
+    Option("dovecot", "doveconf", _PROGRAM, "doveconf", "The doveconf program."),
+    Option("dovecot", "index_root", _INDEX_ROOT, "",
+           "Where the index files of a user are, as a template with Dovecot's variables, such as "
+           '"/var/vmail/%d/%n/Maildir"; when empty, Dovecot is asked.'),
+    Option("daemon", "state_directory", _PATH_OR_EMPTY, "",
+           "Where the queue is kept; when empty, $STATE_DIRECTORY as set by systemd, or /var/lib/dovesyncd."),
+    Option("daemon", "log_level", _choice("debug", "info", "warning", "error"), "info",
+           "The least important messages that are logged."),
+    Option("peer", "name", _NAME, None,
+           "What this peer is called in the queue, in logs and in metrics; a new name is a new peer."),
+    Option("peer", "destination", _destination(), None,
+           'Where doveadm sync connects to: "tcp:HOST:PORT", "tcps:HOST:PORT", "remote:[LOGIN@]HOST", '
+           '"remoteprefix:[LOGIN@]HOST", or a command as an array of its words.'),
+    Option("peer", "workers", _integer(1, 100), 10,
+           "How many users are synced with this peer at the same time."),
+    Option("peer", "namespaces", _array(_NAMESPACE), [],
+           "Only these namespaces are synced (doveadm sync -n); when empty, Dovecot chooses."),
+    Option("peer", "all_namespaces", _SWITCH, False,
+           "Sync all namespaces (doveadm sync -N); with shared or public ones this can duplicate mails."),
+    Option("peer", "exclude_mailboxes", _array(_MAILBOX), [],
+           "Mailboxes that are not synced (doveadm sync -x)."),
+)  # fmt: skip
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "sync": SyncConfig,
+    "users": UsersConfig,
+    "dovecot": DovecotConfig,
+    "daemon": DaemonConfig,
+}
+
+
+def options_of(section: str) -> tuple[Option, ...]:
+    return tuple(option for option in OPTIONS if option.section == section)
+
+
+class Parsed(NamedTuple):
+    """``config`` is None exactly when there are problems. Warnings are unknown keys, which change nothing."""
+
+    config: Optional[Config]
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+
+
+def parse(documents: Sequence[tuple[str, Mapping[str, object]]]) -> Parsed:
+    """Merge documents (a file's name and its TOML data, later ones win key by key) and check the result.
+
+    Tables ``[[peer]]`` of different files with the same name are one peer. Never raises, whatever
+    the data holds.
+    """
+    merged = _Merged()
+    for file, document in documents:
+        merged.add(file, document)
+    problems = merged.problems
+    sections = {}
+    for section in SECTIONS:
+        given = merged.sections[section]
+        sections[section] = values = _read(section, given, None, problems)
+        problems.extend(_broken_rules(section, values, given))
+    peers = []
+    for peer in merged.peers.values():
+        peers.append(values := _read("peer", peer.given, peer, problems))
+        problems.extend(_broken_rules("peer", values, peer.given))
+    problems.extend(_shared_destinations(peers, merged.peers.values()))
+    if not merged.saw_peer:
+        file = documents[0][0] if documents else ""
+        problems.append(Problem(file, "peer", None, "at least one [[peer]] table is required"))
+    config = None
+    if not problems:
+        config = Config(
+            tuple(PeerConfig(**values) for values in peers),
+            **{section: SECTIONS[section](**values) for section, values in sections.items()},
+        )
+    return Parsed(config, tuple(problems), tuple(merged.warnings))
+
+
+_comment = textwrap.TextWrapper(100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+
+
+def render(config: Config) -> str:
+    """The configuration as TOML that parses back to an equal one, each option with its sentence."""
+    tables = [(f"[{section}]", options_of(section), getattr(config, section), True) for section in SECTIONS]
+    for number, peer in enumerate(config.peers):
+        tables.append(("[[peer]]", options_of("peer"), peer, number == 0))
+    blocks = []
+    for header, options, values, explained in tables:
+        lines = [header]
+        for option in options:
+            if explained:
+                lines += _comment.wrap(option.sentence)
+            lines.append(f"{option.name} = {option.kind.toml(getattr(values, option.name))}")
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
+
+
+class _Given(NamedTuple):
+    """A value with the place it was written at."""
+
+    file: str
+    key: str
+    value: object
+
+    def problem(self, expected: str, suffix: str = "", value: Optional[object] = None) -> Problem:
+        return Problem(self.file, self.key + suffix, _shown(self.value if value is None else value), expected)
+
+
+@dataclass(frozen=True)
+class _PeerTable:
+    """The keys of one peer, from all files, and where it came up first."""
+
+    file: str
+    key: str
+    given: dict[str, _Given]
+
+
+class _Merged:
+    """What all documents say together, before any value is checked."""
+
+    def __init__(self) -> None:
+        self.sections: dict[str, dict[str, _Given]] = {section: {} for section in SECTIONS}
+        # By name; a table that can't be merged by its name is alone under (file, index).
+        self.peers: dict[Union[str, tuple[str, int]], _PeerTable] = {}
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+        self.saw_peer = False
+
+    def add(self, file: str, document: Mapping[str, object]) -> None:
+        for name, table in document.items():
+            if name == "peer":
+                self._add_peers(_Given(file, name, table))
+            elif name not in SECTIONS:
+                self._warn(file, _dotted(name), name, (*SECTIONS, "peer"))
+            elif isinstance(table, Mapping):
+                self.sections[name].update(self._known_keys(file, name, name, table))
+            else:
+                self.problems.append(_Given(file, name, table).problem(f"a table [{name}]"))
+
+    def _add_peers(self, array: _Given) -> None:
+        self.saw_peer = self.saw_peer or array.value != []
+        if not isinstance(array.value, list):
+            self.problems.append(array.problem("an array of tables, each begun by [[peer]]"))
+            return
+        names: dict[str, str] = {}
+        for index, table in enumerate(array.value):
+            place = f"peer[{index}]"
+            if not isinstance(table, Mapping):
+                self.problems.append(array.problem("a table", f"[{index}]", table))
+                continue
+            given = self._known_keys(array.file, "peer", place, table)
+            name = table.get("name")
+            if not isinstance(name, str) or name in names:
+                self.peers[array.file, index] = _PeerTable(array.file, place, given)
+                if isinstance(name, str):
+                    self.problems.append(given["name"].problem(f"another name than that of {names[name]}"))
+                continue
+            names[name] = place
+            peer = self.peers.setdefault(name, _PeerTable(array.file, place, {}))
+            # Problems of the name are told where it came up first.
+            peer.given.update({**given, "name": peer.given.get("name", given["name"])})
+
+    def _known_keys(
+        self, file: str, section: str, place: str, table: Mapping[str, object]
+    ) -> dict[str, _Given]:
+        known = [option.name for option in options_of(section)]
+        for name in table:
+            if name not in known:
+                self._warn(file, f"{place}.{_dotted(name)}", name, known)
+        return {name: _Given(file, f"{place}.{name}", table[name]) for name in known if name in table}
+
+    def _warn(self, file: str, key: str, name: str, known: Iterable[str]) -> None:
+        """``known``: what belongs here. If none is meant, it may be an option in the wrong section."""
+        elsewhere = [f"{option.section}.{option.name}" for option in OPTIONS if option.name == name]
+        close = difflib.get_close_matches(name[:100].lower(), known, 1) or elsewhere[:1]
+        hint = f", did you mean {close[0]}?" if close else ""
+        self.warnings.append(Problem(file, key, None, f"unknown key{hint}"))
+
+
+def _read(
+    section: str, given: Mapping[str, _Given], peer: Optional[_PeerTable], problems: list[Problem]
+) -> dict[str, Any]:
+    """The values of a table, defaults included, without those that are wrong: they add to ``problems``."""
+    values = {}
+    for option in options_of(section):
+        if option.name in given:
+            item = given[option.name]
+            faults = list(option.kind.faults(item.value))
+            problems.extend(item.problem(fault.expected, fault.suffix, fault.value) for fault in faults)
+            if not faults:
+                values[option.name] = option.kind.convert(item.value)
+        elif option.default is not None:
+            values[option.name] = option.kind.convert(option.default)
+        elif peer is not None:
+            key = f"{peer.key}.{option.name}"
+            problems.append(Problem(peer.file, key, None, f"required: {option.kind.expected}"))
+    return values
+
+
+class _Rule(NamedTuple):
+    """What the values of ``names`` owe each other."""
+
+    section: str
+    names: tuple[str, ...]
+    holds: Callable[..., bool]
+    text: str
+
+
+_RULES = (
+    _Rule("sync", ("settle", "settle_low"), lambda a, b: a <= b, "settle to be at most settle_low"),
+    _Rule("sync", ("settle_low", "longest_wait"), lambda a, b: a <= b,
+          "settle_low to be at most longest_wait"),
+    _Rule("sync", ("deadline", "lock_timeout", "stall_timeout"), lambda a, b, c: a > b + c,
+          "deadline to be longer than lock_timeout and stall_timeout together"),
+    _Rule("peer", ("namespaces", "all_namespaces"), lambda some, every: not (some and every),
+          "namespaces or all_namespaces, not both"),
+)  # fmt: skip
+
+
+def _broken_rules(section: str, values: Mapping[str, Any], given: Mapping[str, _Given]) -> Iterator[Problem]:
+    kinds = {option.name: option.kind for option in options_of(section)}
+    for rule in _RULES:
+        if rule.section != section or not all(name in values for name in rule.names):
+            continue
+        if not rule.holds(*(values[name] for name in rule.names)):
+            # The defaults keep the rules, so one of the values was given.
+            culprit = next(given[name] for name in rule.names if name in given)
+            now = ", ".join(f"{name} = {kinds[name].toml(values[name])}" for name in rule.names)
+            yield culprit.problem(f"{rule.text} (now {now})")
+
+
+def _shared_destinations(
+    peers: Sequence[Mapping[str, Any]], tables: Iterable[_PeerTable]
+) -> Iterator[Problem]:
+    first: dict[tuple[str, ...], _Given] = {}
+    for values, table in zip(peers, tables):
+        if "destination" in values:
+            given = table.given["destination"]
+            other = first.setdefault(values["destination"], given)
+            if other is not given:
+                yield given.problem(f"another destination than {other.key} in {other.file}")
+
+
+def _dotted(key: str) -> str:
+    """A key as TOML writes it: quoted where it is not a bare key."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+
+
+def _shown(value: object) -> object:
+    """The value of a problem, which has to survive ``repr``: Python refuses to print integers of
+    more than 4300 digits, and nesting has its limit too."""
+    try:
+        repr(value)
+    except (ValueError, RecursionError):
+        return f"<{type(value).__name__}>"
+    return value

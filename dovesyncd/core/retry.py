@@ -1,0 +1,89 @@
+"""What follows from the outcome of a sync: when the user's next one is, and of which kind."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from typing import NamedTuple
+
+from dovesyncd.core import debounce
+from dovesyncd.core.model import ChangeKind, Job, JobKey, Outcome, OutcomeClass, SyncKind
+
+# Mailboxes that change under a sync's hands are synced again at once, so often.
+MAX_REPEATS = 3
+# The failure in a row from which on dsync is told to look at every mail: some conflicts are healed by
+# nothing less (a renamed folder with an emptied twin, Dovecot 2.4.1).
+FULL_FROM_ATTEMPT = 2
+
+
+class Curve(NamedTuple):
+    """Seconds before the next try: ``first`` doubles with each failure in a row up to ``cap``."""
+
+    first: float
+    cap: float
+
+    def delay(self, attempts: int, jitter: float) -> float:
+        """``attempts`` is 1 after the first failure; ``jitter`` from 0 to 1 adds up to a quarter."""
+        return float(min(self.cap, self.first * 2 ** min(attempts - 1, 30)) * (1 + jitter / 4))
+
+
+RETRY = {
+    OutcomeClass.CHANGED: Curve(1, 300),
+    OutcomeClass.BUSY: Curve(1, 30),
+    OutcomeClass.PEER_DOWN: Curve(1, 60),
+    OutcomeClass.AUTH: Curve(5, 60),
+    OutcomeClass.NOUSER_LOCAL: Curve(60, 3600),
+    OutcomeClass.NOUSER_REMOTE: Curve(60, 3600),
+    OutcomeClass.QUOTA: Curve(60, 3600),
+    OutcomeClass.CONFIG: Curve(60, 600),
+    OutcomeClass.TIMEOUT: Curve(5, 900),
+    OutcomeClass.CRASH: Curve(1, 900),
+    OutcomeClass.OTHER: Curve(0.5, 900),
+}
+
+# These say nothing about the user: his job waits as it was.
+PEER_OUTCOMES = frozenset({OutcomeClass.PEER_DOWN, OutcomeClass.AUTH})
+# These can't come from a peer that is down.
+PEER_ANSWERED = frozenset(
+    {OutcomeClass.OK, OutcomeClass.CHANGED, OutcomeClass.NOUSER_REMOTE, OutcomeClass.QUOTA}
+)
+
+
+def kind_of(job: Job) -> SyncKind:
+    """How the next sync of ``job`` has to compare: with the state, without it, or everything."""
+    if job.wants_full or job.attempts >= FULL_FROM_ATTEMPT:
+        return SyncKind.FULL
+    if not job.state or ChangeKind.NEW_USER in job.reasons or ChangeKind.BACKGROUND in job.reasons:
+        return SyncKind.STATELESS
+    return SyncKind.STATEFUL
+
+
+def after(
+    job: Job, done: Job, kind: SyncKind, outcome: Outcome, now: float, jitter: float, pass_interval: float
+) -> Job:
+    """The job after a sync that was started for ``done`` ended. ``job`` holds what arrived meanwhile."""
+    job = replace(job, last_outcome=outcome.kind, last_error=outcome.text, wants_full=False)
+    if outcome.kind is OutcomeClass.OK:
+        job = replace(job, attempts=0, repeats=0, last_success=now, state=outcome.state)
+        if kind is SyncKind.STATEFUL:
+            return job
+        return replace(job, last_pass=now, next_pass=next_pass(job.key, now, pass_interval))
+    job = debounce.join(job, done)
+    if outcome.kind is OutcomeClass.CHANGED and job.repeats < MAX_REPEATS:
+        return replace(job, repeats=job.repeats + 1, due=now, state="", wants_full=outcome.wants_full)
+    curve = RETRY[outcome.kind]
+    if outcome.kind is OutcomeClass.BUSY or outcome.kind in PEER_OUTCOMES:
+        return replace(job, due=now + curve.delay(1, jitter))
+    attempts = job.attempts + 1
+    # The first time that Dovecot asks for a full sync, one without state is what it means.
+    wants_full = outcome.wants_full and kind is not SyncKind.STATEFUL
+    due = now if outcome.wants_full and attempts == 1 else now + curve.delay(attempts, jitter)
+    return replace(job, attempts=attempts, repeats=0, due=due, state="", wants_full=wants_full)
+
+
+def next_pass(key: JobKey, now: float, interval: float) -> float:
+    """When the next background pass of a user is due: at his own phase of the interval, so that the
+    passes of all users lie evenly in it, and at least half an interval from now."""
+    phase = zlib.crc32(f"{key.user}\0{key.peer}".encode("utf-8", "surrogateescape")) / 2**32 * interval
+    earliest = now + interval / 2
+    return earliest + (phase - earliest) % interval

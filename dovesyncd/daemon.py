@@ -1,0 +1,187 @@
+"""The program: builds the parts, starts them, says READY, waits, and stops them in reverse."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from dovesyncd import __version__, journal, userdb
+from dovesyncd.brain import Brain
+from dovesyncd.config import load
+from dovesyncd.core import health
+from dovesyncd.core.errors import ConfigError, DovesyncError
+from dovesyncd.core.options import Config, render
+from dovesyncd.doveadm import Doveadm
+from dovesyncd.intake import Intake
+from dovesyncd.notify import Notify, watchdog_interval
+from dovesyncd.store import Store
+from dovesyncd.userdb import Accounts
+from dovesyncd.users import Users
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "/etc/dovesyncd/dovesyncd.toml"
+# Seconds that running syncs get at a stop.
+STOP_GRACE = 20.0
+
+
+class Daemon:
+    """To be built inside the event loop. Raises StoreError or WatchError where it can't work at all."""
+
+    def __init__(self, config: Config) -> None:
+        dovecot = config.dovecot
+        self._config = config
+        self._notify = Notify()
+        self._stop = asyncio.Event()
+        self._broken: Optional[BaseException] = None
+        self._doveadm = Doveadm(dovecot.socket, dovecot.doveadm, dovecot.config)
+        self._store = Store(config.daemon.state_directory)
+        contents = self._store.load()
+        self._users = Users(self._ask, self._tell, config.users.refresh)
+        self._brain = Brain(config, self._store, contents.jobs, self._doveadm, self._drain)
+        self._intake = Intake(self._store, contents.cursors, self._brain.changed, self._users.hint)
+
+    async def _ask(self) -> Accounts:
+        """Everything is asked anew each time: Dovecot may have been upgraded or moved in between."""
+        dovecot, users = self._config.dovecot, self._config.users
+        settings = await userdb.settings(dovecot.doveconf, dovecot.config or None)
+        self._doveadm.socket_path = dovecot.socket or settings.doveadm_socket
+        return await userdb.accounts(
+            self._doveadm,
+            settings,
+            names=users.list,
+            include=users.include,
+            exclude=users.exclude,
+            index_root=dovecot.index_root,
+        )
+
+    def _tell(self, accounts: Accounts) -> None:
+        new = self._brain.follow(accounts.accounts)
+        self._intake.follow(accounts.accounts.values(), new)
+        self._report()
+
+    def _drain(self) -> None:
+        self._intake.watch.drain()
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT. An error in any task or callback ends the daemon, and is raised."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_error)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: restart the service to reload")
+        tasks = [
+            loop.create_task(work, name=name)
+            for name, work in (
+                ("users", self._users.run()),
+                ("intake", self._intake.run()),
+                ("brain", self._brain.run()),
+                ("watchdog", self._watchdog()),
+                ("stop", self._stop.wait()),
+            )
+        ]
+        self._notify.ready()
+        self._report()
+        log.info("dovesyncd %s started", __version__)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await self._shut_down(tasks)
+        for task in tasks:
+            if not task.cancelled() and task.exception() is not None:
+                raise DovesyncError(f"task {task.get_name()} failed") from task.exception()
+        if self._broken is not None:
+            raise DovesyncError("a callback failed") from self._broken
+
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback that failed left its work half done: better to start again from what is on disk."""
+        if isinstance(context.get("exception"), Exception):
+            self._broken = context["exception"]
+            self._stop.set()
+        else:
+            loop.default_exception_handler(context)
+
+    async def _shut_down(self, tasks: Sequence[asyncio.Task[object]]) -> None:
+        self._notify.stopping()
+        await self._brain.stop(STOP_GRACE)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._intake.watch.close()
+        await self._store.close()
+        log.info("stopped")
+
+    async def _watchdog(self) -> None:
+        interval = watchdog_interval(os.environ, os.getpid())
+        while interval is not None:
+            stuck = health.stuck((self._brain.work, self._intake.work), time.monotonic())
+            if stuck:
+                log.error("no progress: %s; the watchdog gets no sign of life", ", ".join(stuck))
+            else:
+                self._notify.alive()
+            self._report()
+            await asyncio.sleep(interval)
+        await self._stop.wait()
+
+    def _report(self) -> None:
+        brain = self._brain
+        pending = sum(1 for key, job in brain.jobs.items() if job.pending and key.user in brain.users)
+        parts = [f"{len(brain.users)} users", f"{pending} pending", f"{len(brain.schedule.running)} running"]
+        if self._intake.catching_up:
+            parts.append(f"catching up with {self._intake.catching_up}")
+        parts += [f"peer {name} is down" for name, peer in brain.schedule.peers.items() if peer.down_since]
+        self._notify.status(", ".join(parts))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The exit status: 0, 1 for an error, 6 for a configuration that can't be used."""
+    options = _arguments().parse_args(argv)
+    journal.set_up("info", os.environ)
+    try:
+        config, warnings = load(options.config, os.environ)
+        if options.check_config and warnings:
+            raise ConfigError(warnings)
+        if options.show_config:
+            sys.stdout.write(render(config))
+        if options.check_config or options.show_config:
+            return 0
+        for warning in warnings:
+            log.warning("%s", warning)
+        logging.getLogger().setLevel(config.daemon.log_level.upper())
+        asyncio.run(_serve(config))
+    except ConfigError as error:
+        for problem in error.problems:
+            log.error("%s", problem)
+        return error.exit_code
+    except DovesyncError as error:
+        log.error("%s", error, exc_info=error.__cause__ if type(error) is DovesyncError else None)
+        return error.exit_code
+    return 0
+
+
+async def _serve(config: Config) -> None:
+    await Daemon(config).run()
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dovesyncd", description="Replicates Dovecot's mailboxes to its peers.")
+    parser.add_argument("--config", default=CONFIG_FILE, metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--check-config", action="store_true", help="say what is wrong with the configuration, and exit"
+    )
+    parser.add_argument(
+        "--show-config", action="store_true", help="print the configuration that is in effect, and exit"
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

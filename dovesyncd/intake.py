@@ -1,0 +1,434 @@
+"""From a touched file to a user's change: keeps the watches, reads the logs, moves the positions.
+
+A watch is armed before what lies under it is looked at, so nothing falls between. inotify is only a hint:
+whatever is unclear ends in a scan of the user, which compares every log with its position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Optional
+
+from dovesyncd import logreader, watch
+from dovesyncd.core import classify, layout
+from dovesyncd.core.errors import WatchError
+from dovesyncd.core.health import Work
+from dovesyncd.core.model import ChangeKind, LogPosition, User
+from dovesyncd.store import CursorKey, Store
+from dovesyncd.userdb import Account
+from dovesyncd.watch import Event, Watch
+
+log = logging.getLogger(__name__)
+
+_CAME = watch.CREATE | watch.MOVED_TO
+_MAILBOX_LOGS = frozenset({logreader.MAILBOX_LOG, logreader.MAILBOX_LOG_2})
+# Seconds in which dsync claims the attribute updates that it caused.
+_CONFIRMATION = 0.25
+# Users scanned in one go before the event loop gets its turn.
+_SCANS_AT_ONCE = 16
+
+
+class Directory:
+    """A watched directory of a user. ``path`` is relative to the index root, b"" for the root itself, or
+    absolute for an INBOX that lies elsewhere; ``position`` belongs to
+    the index log in it, None while there is none. Its watch follows the inode, so a rename keeps it."""
+
+    __slots__ = ("attributes", "path", "position", "tree", "wd")
+
+    def __init__(self, tree: Tree, path: bytes, wd: int) -> None:
+        self.tree = tree
+        self.path = path
+        self.wd = wd
+        self.position: Optional[LogPosition] = None
+        # Attribute updates that dsync may yet claim; meanwhile the position is not stored.
+        self.attributes: tuple[bytes, ...] = ()
+
+
+class Tree:
+    """One user's directories by path, and the positions in his mailbox log by file name.
+
+    ``remembered`` holds the positions of the last run until the first scan has used them. What the logs
+    of a ``new`` user hold at the first scan is no news.
+    """
+
+    def __init__(
+        self, account: Account, remembered: dict[tuple[bytes, bytes], LogPosition], new: bool
+    ) -> None:
+        self.account = account
+        self.remembered = remembered
+        self.new = new
+        self.directories: dict[bytes, Directory] = {}
+        self.mailbox_log: dict[bytes, LogPosition] = {}
+
+
+class Ancestor:
+    """A watched directory above index roots: some of them may appear in it one day."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.users: set[User] = set()
+
+
+class Intake:
+    """``on_change(user, kinds)`` is called in the same callback that puts the positions into the store.
+    ``on_arrival()`` is called when a directory appeared where users live and no known one expects it."""
+
+    def __init__(
+        self,
+        store: Store,
+        cursors: Mapping[CursorKey, LogPosition],
+        on_change: Callable[[User, frozenset[ChangeKind]], None],
+        on_arrival: Callable[[], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._store = store
+        self._on_change = on_change
+        self._on_arrival = on_arrival
+        self._remembered: defaultdict[User, dict[tuple[bytes, bytes], LogPosition]] = defaultdict(dict)
+        for key, position in cursors.items():
+            self._remembered[key.user][key.directory, key.log] = position
+        self.trees: dict[User, Tree] = {}
+        self._directories: dict[int, Directory] = {}
+        self._ancestors: dict[int, Ancestor] = {}
+        self._unwatched = 0
+        self._unscanned: set[User] = set()
+        self._scan_wanted = asyncio.Event()
+        self._scanned_at = time.monotonic()
+        self.watch = Watch(self._on_events)
+
+    # Users ---------------------------------------------------------------------------------------
+
+    def follow(self, accounts: Iterable[Account], new: Collection[User]) -> None:
+        """Makes these the users to watch; ``new`` are those whose first pass is due anyway. The scans are
+        done by ``run``."""
+        self._scanned_at = time.monotonic()
+        wanted = {account.user: account for account in accounts}
+        for user in [user for user, tree in self.trees.items() if wanted.get(user) != tree.account]:
+            self._leave(self.trees.pop(user))
+        for user, account in wanted.items():
+            if user not in self.trees:
+                self.trees[user] = Tree(account, self._remembered.pop(user, {}), user in new)
+                self._unscanned.add(user)
+        for home in {os.path.dirname(account.home) for account in wanted.values()}:
+            self._watch_arrivals(home)
+            # /var/vmail/DOMAIN/USER: a new domain is a new directory one level up.
+            if os.path.dirname(home).count("/") > 1:
+                self._watch_arrivals(os.path.dirname(home))
+        self._scan_wanted.set()
+
+    def _leave(self, tree: Tree) -> None:
+        """Ends the watches of a user; his positions are kept for the day he is back."""
+        kept = self._remembered[tree.account.user]
+        for directory in list(tree.directories.values()):
+            if directory.position is not None:
+                kept[directory.path, logreader.INDEX_LOG] = directory.position
+            self._drop(directory, forget=False)
+        for name, position in tree.mailbox_log.items():
+            kept[b"", name] = position
+
+    def _watch_arrivals(self, path: str) -> Optional[Ancestor]:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            wd = self.watch.arm(fd, watch.ARRIVALS)
+        except WatchError as error:
+            self._complain(error)
+            return None
+        finally:
+            os.close(fd)
+        return self._ancestors.setdefault(wd, Ancestor(path))
+
+    # Events --------------------------------------------------------------------------------------
+
+    def _on_events(self, events: list[Event]) -> None:
+        touched: dict[int, Directory] = {}
+        mailbox_logs: set[User] = set()
+        dirty: set[User] = set()
+        for event in events:
+            if event.mask & watch.Q_OVERFLOW:
+                log.warning("inotify lost events (fs.inotify.max_queued_events): comparing all users")
+                self.scan_all()
+            if event.wd in self._ancestors:
+                self._on_ancestor(event, dirty)
+            directory = self._directories.get(event.wd)
+            if directory is None:
+                continue
+            user = directory.tree.account.user
+            if event.mask & watch.IGNORED:
+                del self._directories[event.wd]
+                dirty.add(user)
+            elif event.mask & (watch.MOVE_SELF | watch.DELETE_SELF):
+                dirty.add(user)
+            elif event.mask & watch.ISDIR:
+                if self._holds_mailboxes(directory, event.name):
+                    dirty.add(user)
+            elif event.name == logreader.INDEX_LOG:
+                touched[event.wd] = directory
+            elif event.name in _MAILBOX_LOGS and not directory.path:
+                mailbox_logs.add(user)
+        news: defaultdict[User, set[ChangeKind]] = defaultdict(set)
+        for user in dirty:
+            if user in self.trees and user not in self._unscanned:
+                news[user] |= self._scan(self.trees[user])
+        for directory in touched.values():
+            user = directory.tree.account.user
+            if user not in dirty and user not in self._unscanned:
+                news[user] |= self._read_touched(directory)
+        for user in mailbox_logs - dirty - self._unscanned:
+            news[user] |= self._read_mailbox_log(self.trees[user])
+        for user, kinds in news.items():
+            if kinds:
+                self._on_change(user, frozenset(kinds))
+
+    def _on_ancestor(self, event: Event, dirty: set[User]) -> None:
+        ancestor = self._ancestors[event.wd]
+        if event.mask & (watch.IGNORED | watch.MOVE_SELF):
+            if event.mask & watch.IGNORED:
+                del self._ancestors[event.wd]
+            dirty |= ancestor.users
+        elif event.mask & _CAME and event.mask & watch.ISDIR:
+            came = os.path.join(ancestor.path, os.fsdecode(event.name))
+            expected = {
+                user
+                for user in ancestor.users
+                if user in self.trees and f"{self.trees[user].account.index_root}/".startswith(f"{came}/")
+            }
+            dirty |= expected
+            ancestor.users -= expected
+            if not expected:
+                self._on_arrival()
+
+    def _holds_mailboxes(self, parent: Directory, name: bytes) -> bool:
+        account = parent.tree.account
+        # An INBOX outside of the root has nothing below it.
+        return not parent.path.startswith(b"/") and layout.descend(
+            account.driver, account.layout, _join(parent.path, name)
+        )
+
+    # Scans ---------------------------------------------------------------------------------------
+
+    def scan_all(self) -> None:
+        """Has every user compared with his positions, a few at a time."""
+        self._scanned_at = time.monotonic()
+        self._unscanned.update(self.trees)
+        self._scan_wanted.set()
+
+    @property
+    def catching_up(self) -> int:
+        """How many users have yet to be scanned."""
+        return len(self._unscanned)
+
+    async def run(self) -> None:
+        while True:
+            await self._scan_wanted.wait()
+            self._scan_wanted.clear()
+            while self._unscanned:
+                for user in list(self._unscanned)[:_SCANS_AT_ONCE]:
+                    self._unscanned.discard(user)
+                    if user in self.trees:
+                        kinds = self._scan(self.trees[user])
+                        if kinds:
+                            self._on_change(user, kinds)
+                self._scanned_at = time.monotonic()
+                await asyncio.sleep(0)
+
+    @property
+    def work(self) -> Work:
+        return Work("intake", self._scanned_at if self._unscanned else None, 60.0)
+
+    def _scan(self, tree: Tree) -> frozenset[ChangeKind]:
+        """Arms and looks at every directory of a user, and compares every log with its position."""
+        found: dict[bytes, Directory] = {}
+        kinds: set[ChangeKind] = set()
+        try:
+            with logreader.open_directory(tree.account.index_root) as fd:
+                kinds |= self._visit(tree, b"", fd, found)
+                kinds |= self._news_of_mailbox_log(tree, fd)
+            if tree.account.inbox:
+                inbox = os.fsencode(tree.account.inbox)
+                with logreader.open_directory(tree.account.index_root, inbox) as fd:
+                    kinds |= self._visit(tree, inbox, fd, found)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                log.warning(
+                    "%s: %s can't be opened: %s; a link is not followed, see dovecot.index_root",
+                    tree.account.user,
+                    tree.account.index_root,
+                    error.strerror,
+                )
+            self._await_root(tree, isinstance(error, FileNotFoundError))
+        for path, directory in list(tree.directories.items()):
+            if found.get(path) is not directory:
+                self._drop(directory, forget=path not in found)
+        tree.directories = found
+        for path, name in tree.remembered:
+            if path not in found:
+                self._store.put_cursor(CursorKey(tree.account.user, path, name), None)
+        tree.remembered = {}
+        # What a user's logs hold when he is first seen is for the first pass to compare.
+        was_new, tree.new = tree.new, False
+        return frozenset() if was_new else frozenset(kinds)
+
+    def _visit(self, tree: Tree, path: bytes, fd: int, found: dict[bytes, Directory]) -> set[ChangeKind]:
+        directory = self._arm(tree, path, fd)
+        found[path] = directory
+        kinds = set(self._read_index_log(directory, fd))
+        with os.scandir(fd) as entries:
+            names = [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for name in names:
+            if not self._holds_mailboxes(directory, name):
+                continue
+            try:
+                with logreader.open_below(fd, name) as below:
+                    kinds |= self._visit(tree, _join(path, name), below, found)
+            except OSError as error:
+                # Gone since it was listed; its parent's event brings the next scan.
+                log.debug("%s: %r: %s", tree.account.user, name, error.strerror)
+        return kinds
+
+    def _arm(self, tree: Tree, path: bytes, fd: int) -> Directory:
+        """The directory behind ``fd``, watched. If it was watched under another name, it was renamed and
+        keeps its position: its log holds no news for that."""
+        try:
+            wd = self.watch.arm(fd)
+        except WatchError as error:
+            self._complain(error)
+            known = tree.directories.get(path)
+            return known if known is not None else self._adopted(Directory(tree, path, -1), fd)
+        directory = self._directories.get(wd)
+        if directory is None or directory.tree is not tree:
+            directory = self._directories[wd] = self._adopted(Directory(tree, path, wd), fd)
+        elif directory.path != path:
+            self._forget(directory)
+            directory.path = path
+            self._remember(directory)
+        return directory
+
+    def _adopted(self, directory: Directory, fd: int) -> Directory:
+        """With the position that the last run left for it, under this name or, renamed since, another."""
+        remembered = directory.tree.remembered
+        here = remembered.get((directory.path, logreader.INDEX_LOG))
+        if here is not None and logreader.unchanged(fd, here):
+            directory.position = here
+            return directory
+        for (path, name), position in remembered.items():
+            if (
+                name == logreader.INDEX_LOG
+                and path != directory.path
+                and logreader.is_continued(fd, position)
+            ):
+                directory.position = position
+                self._remember(directory)
+                return directory
+        directory.position = here
+        return directory
+
+    def _drop(self, directory: Directory, forget: bool = True) -> None:
+        if self._directories.get(directory.wd) is directory:
+            del self._directories[directory.wd]
+            if directory.wd not in self._ancestors:
+                self.watch.disarm(directory.wd)
+        if forget:
+            self._forget(directory)
+
+    def _await_root(self, tree: Tree, missing_now: bool) -> None:
+        """Watches the nearest directory in which the index root will show up."""
+        path = tree.account.index_root
+        while path != "/":
+            missing, path = path, os.path.dirname(path)
+            ancestor = self._watch_arrivals(path)
+            if ancestor is not None:
+                ancestor.users.add(tree.account.user)
+                if missing_now and os.path.isdir(missing):
+                    self._unscanned.add(tree.account.user)
+                    self._scan_wanted.set()
+                return
+
+    # Logs ----------------------------------------------------------------------------------------
+
+    def _read_touched(self, directory: Directory) -> frozenset[ChangeKind]:
+        try:
+            with logreader.open_directory(directory.tree.account.index_root, directory.path) as fd:
+                return self._read_index_log(directory, fd)
+        except OSError:
+            # Renamed or removed since: the tree has to be looked at.
+            return self._scan(directory.tree)
+
+    def _read_index_log(self, directory: Directory, fd: int) -> frozenset[ChangeKind]:
+        position = directory.position
+        if position is not None and logreader.unchanged(fd, position):
+            return frozenset()
+        reading = logreader.read_index_log(fd, position)
+        if reading is None or reading.position == position:
+            return frozenset()
+        if reading.trouble:
+            log.warning("%s: %s: %s", directory.tree.account.user, _name(directory), reading.trouble)
+        directory.position = reading.position
+        waiting = bool(directory.attributes)
+        if not directory.tree.new:
+            directory.attributes = classify.unconfirmed(directory.attributes, reading.news.attributes)
+        self._remember(directory)
+        if directory.attributes and not waiting:
+            self._loop.call_later(_CONFIRMATION, self._decide_attributes, directory)
+        if position is None:
+            return reading.news.kinds | {ChangeKind.CREATE}
+        return reading.news.kinds
+
+    def _decide_attributes(self, directory: Directory) -> None:
+        """Whatever no dsync has claimed by now is a user's."""
+        user = directory.tree.account.user
+        if directory.attributes and self._directories.get(directory.wd) is directory:
+            directory.attributes = ()
+            self._remember(directory)
+            self._on_change(user, frozenset({ChangeKind.ATTRIBUTE}))
+
+    def _read_mailbox_log(self, tree: Tree) -> frozenset[ChangeKind]:
+        try:
+            with logreader.open_directory(tree.account.index_root) as fd:
+                return self._news_of_mailbox_log(tree, fd)
+        except OSError:
+            return self._scan(tree)
+
+    def _news_of_mailbox_log(self, tree: Tree, fd: int) -> frozenset[ChangeKind]:
+        names = (logreader.MAILBOX_LOG, logreader.MAILBOX_LOG_2)
+        for name in names:
+            if (b"", name) in tree.remembered:
+                tree.mailbox_log[name] = tree.remembered[b"", name]
+        kinds, positions = logreader.read_mailbox_log(fd, tree.mailbox_log)
+        for name in names:
+            if positions.get(name) != tree.mailbox_log.get(name):
+                self._store.put_cursor(CursorKey(tree.account.user, b"", name), positions.get(name))
+        tree.mailbox_log = positions
+        return kinds
+
+    def _remember(self, directory: Directory) -> None:
+        if directory.attributes:
+            return
+        self._store.put_cursor(
+            CursorKey(directory.tree.account.user, directory.path, logreader.INDEX_LOG), directory.position
+        )
+
+    def _forget(self, directory: Directory) -> None:
+        self._store.put_cursor(
+            CursorKey(directory.tree.account.user, directory.path, logreader.INDEX_LOG), None
+        )
+
+    def _complain(self, error: WatchError) -> None:
+        self._unwatched += 1
+        if self._unwatched == 1:
+            log.error("%s; what can't be watched is only seen by background passes", error)
+
+
+def _join(path: bytes, name: bytes) -> bytes:
+    return path + b"/" + name if path else name
+
+
+def _name(directory: Directory) -> str:
+    return os.fsdecode(directory.path) or "INBOX"

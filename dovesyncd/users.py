@@ -1,0 +1,71 @@
+"""Keeps the list of users up to date: asks Dovecot at intervals, and when a new directory hints at one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from dovesyncd.core.errors import DovecotError
+from dovesyncd.userdb import Accounts
+
+log = logging.getLogger(__name__)
+
+# Seconds between two questions, however many directories appear.
+_LEAST_GAP = 1.0
+_RETRY_FIRST, _RETRY_LAST = 1.0, 60.0
+
+
+class Users:
+    """``ask`` brings the accounts or raises DovecotError; ``tell`` gets what it brought."""
+
+    def __init__(
+        self, ask: Callable[[], Awaitable[Accounts]], tell: Callable[[Accounts], None], refresh: float
+    ) -> None:
+        self._ask = ask
+        self._tell = tell
+        self._refresh = refresh
+        self._hint = asyncio.Event()
+        self._reported: frozenset[str] = frozenset()
+        self._known = 0
+
+    def hint(self) -> None:
+        """Someone may be new."""
+        self._hint.set()
+
+    async def run(self) -> None:
+        pause = _RETRY_FIRST
+        failing = False
+        while True:
+            asked = time.monotonic()
+            self._hint.clear()
+            try:
+                accounts = await self._ask()
+            except DovecotError as error:
+                if not failing:
+                    log.error("The users can't be listed: %s; keeping the %d known", error, self._known)
+                failing = True
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _RETRY_LAST)
+                continue
+            if failing:
+                log.warning("The users can be listed again")
+            failing, pause = False, _RETRY_FIRST
+            self._take(accounts)
+            try:
+                await asyncio.wait_for(self._hint.wait(), self._refresh)
+            except asyncio.TimeoutError:
+                pass
+            await asyncio.sleep(max(0.0, asked + _LEAST_GAP - time.monotonic()))
+
+    def _take(self, accounts: Accounts) -> None:
+        for problem in accounts.problems:
+            if problem not in self._reported:
+                log.warning("%s", problem)
+        self._reported = frozenset(accounts.problems)
+        if not accounts.accounts and self._known:
+            log.error("Dovecot lists no users where there were %d: keeping those", self._known)
+            return
+        self._known = len(accounts.accounts)
+        self._tell(accounts)
