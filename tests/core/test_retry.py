@@ -1,0 +1,156 @@
+"""What follows from an outcome."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dovesyncd.core import debounce, retry
+from dovesyncd.core.model import (
+    ChangeKind,
+    Job,
+    JobKey,
+    Outcome,
+    OutcomeClass,
+    PeerName,
+    SyncKind,
+    Timings,
+    User,
+)
+
+KEY = JobKey(User("u@example.org"), PeerName("b"))
+DAY = 86400.0
+STATEFUL, STATELESS, FULL = SyncKind.STATEFUL, SyncKind.STATELESS, SyncKind.FULL
+PENDING = debounce.merge(
+    Job(KEY, state="old", next_pass=5000.0), {ChangeKind.FLAGS}, 100, Timings(0, 0, 0), idle=True
+)
+STARTED = debounce.clear(PENDING)
+
+
+def after(
+    kind: OutcomeClass,
+    sync: SyncKind = STATEFUL,
+    job: Job = STARTED,
+    state: str = "",
+    wants_full: bool = False,
+) -> Job:
+    return retry.after(job, PENDING, sync, Outcome(kind, "text", state, wants_full), 200.0, 0.0, DAY)
+
+
+@pytest.mark.parametrize(
+    ("job", "kind"),
+    [
+        (Job(KEY), STATELESS),
+        (Job(KEY, state="s"), STATEFUL),
+        (Job(KEY, state="s", reasons=(ChangeKind.FLAGS, ChangeKind.BACKGROUND)), STATELESS),
+        (Job(KEY, state="s", reasons=(ChangeKind.NEW_USER,)), STATELESS),
+        (Job(KEY, attempts=1), STATELESS),
+        (Job(KEY, attempts=2), FULL),
+        (Job(KEY, attempts=50), FULL),
+        (Job(KEY, state="s", wants_full=True), FULL),
+    ],
+)
+def test_kind(job: Job, kind: SyncKind) -> None:
+    assert retry.kind_of(job) is kind
+
+
+def test_success_keeps_the_new_state() -> None:
+    job = after(OutcomeClass.OK, state="new", job=replace(STARTED, attempts=4, repeats=2))
+    assert (job.pending, job.state, job.attempts, job.repeats) == (False, "new", 0, 0)
+    assert (job.last_success, job.last_pass, job.next_pass) == (200, None, 5000)
+
+
+@pytest.mark.parametrize("kind", [STATELESS, FULL])
+def test_a_comparison_of_everything_is_a_pass(kind: SyncKind) -> None:
+    job = after(OutcomeClass.OK, kind, state="new")
+    assert job.last_pass == 200
+    assert 200 + DAY / 2 <= job.next_pass < 200 + DAY * 3 / 2
+
+
+def test_what_arrived_meanwhile_stays_pending() -> None:
+    arrived = debounce.merge(STARTED, {ChangeKind.NEW_MAIL}, 150, Timings(1, 1, 1), idle=False)
+    job = after(OutcomeClass.OK, job=arrived, state="new")
+    assert (job.pending, job.first_change, job.due, job.reasons) == (
+        True,
+        150,
+        151,
+        (ChangeKind.NEW_MAIL,),
+    )
+
+
+@pytest.mark.parametrize("outcome", [kind for kind in OutcomeClass if kind is not OutcomeClass.OK])
+def test_any_other_outcome_keeps_the_change_pending(outcome: OutcomeClass) -> None:
+    job = after(outcome)
+    assert job.pending
+    assert job.first_change == PENDING.first_change
+    assert job.due >= 200
+    assert (job.last_outcome, job.last_error) == (outcome, "text")
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    sorted(
+        set(OutcomeClass) - {OutcomeClass.OK, OutcomeClass.BUSY} - retry.PEER_OUTCOMES, key=lambda o: o.value
+    ),
+)
+def test_failures_drop_the_state(outcome: OutcomeClass) -> None:
+    assert after(outcome).state == ""
+
+
+@pytest.mark.parametrize("outcome", [OutcomeClass.BUSY, OutcomeClass.PEER_DOWN, OutcomeClass.AUTH])
+def test_what_says_nothing_about_the_user_costs_no_attempt(outcome: OutcomeClass) -> None:
+    job = after(outcome)
+    assert (job.attempts, job.state) == (0, "old")
+
+
+def test_changed_is_repeated_at_once_three_times() -> None:
+    job, dues = STARTED, []
+    for _ in range(4):
+        job = after(OutcomeClass.CHANGED, job=debounce.clear(job))
+        dues.append((job.due, job.repeats, job.attempts))
+    assert dues == [(200, 1, 0), (200, 2, 0), (200, 3, 0), (201, 0, 1)]
+
+
+def test_the_ladder() -> None:
+    job, seen = PENDING, []
+    for _ in range(4):
+        kind = retry.kind_of(job)
+        job = after(OutcomeClass.OTHER, kind, job=debounce.clear(job))
+        seen.append((kind, job.due - 200))
+    assert seen == [(STATEFUL, 0.5), (STATELESS, 1), (FULL, 2), (FULL, 4)]
+
+
+def test_a_full_sync_that_dovecot_asks_for() -> None:
+    job = after(OutcomeClass.OTHER, STATEFUL, wants_full=True)
+    assert (job.due, retry.kind_of(job)) == (200, STATELESS)
+    job = after(OutcomeClass.OTHER, STATELESS, job=debounce.clear(job), wants_full=True)
+    assert (job.due > 200, retry.kind_of(job)) == (True, FULL)
+
+
+def test_every_failure_has_a_curve() -> None:
+    assert set(retry.RETRY) == set(OutcomeClass) - {OutcomeClass.OK}
+
+
+@pytest.mark.parametrize("outcome", list(retry.RETRY))
+def test_curves_grow_to_their_cap(outcome: OutcomeClass) -> None:
+    curve = retry.RETRY[outcome]
+    delays = [curve.delay(attempts, 0) for attempts in range(1, 40)]
+    assert delays == sorted(delays)
+    assert (delays[0], delays[-1]) == (curve.first, curve.cap)
+    assert curve.delay(1, 1) == curve.first * 1.25
+
+
+def test_passes_lie_evenly_in_the_interval() -> None:
+    now = 1_000_000.0
+    keys = [JobKey(User(f"user{n}@example.org"), PeerName("b")) for n in range(10_000)]
+    passes = [retry.next_pass(key, now, DAY) for key in keys]
+    assert all(now + DAY / 2 <= time < now + DAY * 3 / 2 for time in passes)
+    hours = [0] * 24
+    for time in passes:
+        hours[int(time % DAY // 3600)] += 1
+    assert min(hours) > 10_000 / 24 * 0.8
+    assert max(hours) < 10_000 / 24 * 1.2
+    # A pass that came late keeps its user's place.
+    key = keys[0]
+    assert (retry.next_pass(key, passes[0] + 77, DAY) - passes[0]) % DAY == pytest.approx(0, abs=1e-6)

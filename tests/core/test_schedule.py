@@ -1,0 +1,213 @@
+"""Which sync starts next."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from dovesyncd.core.model import ChangeKind, Job, JobKey, PeerName, Priority, User
+from dovesyncd.core.schedule import PROBE_FIRST, PROBE_LAST, Action, Pass, Schedule, SleepUntil, Start
+
+B, C = PeerName("b"), PeerName("c")
+FAR = 10.0**9
+
+
+def key(user: str, peer: PeerName = B) -> JobKey:
+    return JobKey(User(user), peer)
+
+
+def job(
+    user: str,
+    due: float = 0,
+    priority: Priority = Priority.LOW,
+    first: float = 0,
+    peer: PeerName = B,
+) -> Job:
+    return Job(key(user, peer), priority, (ChangeKind.FLAGS,), first, due, next_pass=FAR)
+
+
+def idle(user: str, next_pass: float) -> Job:
+    return Job(key(user), next_pass=next_pass)
+
+
+def schedule_of(*jobs: Job, **workers: int) -> Schedule:
+    schedule = Schedule({PeerName(name): count for name, count in (workers or {"b": 10}).items()})
+    for one in jobs:
+        schedule.put(one)
+    return schedule
+
+
+def started(schedule: Schedule, now: float) -> list[JobKey]:
+    """Starts whatever may start, as the brain does; returns it in order."""
+    order = []
+    while True:
+        action = schedule.next_action(now)
+        if not isinstance(action, Start):
+            return order
+        order.append(action.key)
+        schedule.started(action.key)
+        schedule.remove(action.key)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "now", "action"),
+    [
+        ([], 5, SleepUntil(None)),
+        ([job("u", due=5)], 5, Start(key("u"))),
+        ([job("u", due=5)], 4, SleepUntil(5)),
+        ([job("u", due=9), job("v", due=7)], 4, SleepUntil(7)),
+        ([idle("u", 50)], 4, SleepUntil(50)),
+        ([idle("u", 50)], 50, Pass(key("u"))),
+        ([idle("u", 50), job("v", due=9)], 4, SleepUntil(9)),
+    ],
+)
+def test_next_action(jobs: list[Job], now: float, action: Action) -> None:
+    assert schedule_of(*jobs).next_action(now) == action
+
+
+@pytest.mark.parametrize(
+    ("jobs", "order"),
+    [
+        ([job("low"), job("high", priority=Priority.HIGH)], ["high", "low"]),
+        ([job("young", first=20), job("old", first=10)], ["old", "young"]),
+        # The boost is worth a quarter of an hour: after that the older one is first.
+        ([job("low", first=0), job("high", priority=Priority.HIGH, first=899)], ["high", "low"]),
+        ([job("low", first=0), job("high", priority=Priority.HIGH, first=901)], ["low", "high"]),
+        (
+            [job(p.name, priority=p) for p in Priority],
+            ["SYNC", "HIGH", "LOW", "NONE"],
+        ),
+    ],
+)
+def test_order(jobs: list[Job], order: list[str]) -> None:
+    assert [k.user for k in started(schedule_of(*jobs), 1000)] == order
+
+
+def test_no_more_than_the_workers() -> None:
+    schedule = schedule_of(*(job(f"u{n}") for n in range(5)), b=2)
+    assert len(started(schedule, 1)) == 2
+    schedule.ended(next(iter(schedule.running.values())))
+    assert len(started(schedule, 1)) == 1
+
+
+def test_one_sync_of_a_user_whatever_the_peer() -> None:
+    schedule = schedule_of(job("u"), job("u", peer=C), b=2, c=2)
+    (first,) = started(schedule, 1)
+    schedule.ended(first)
+    (second,) = started(schedule, 1)
+    assert {first.peer, second.peer} == {B, C}
+
+
+def test_a_change_while_the_user_is_synced_waits_for_the_end() -> None:
+    schedule = schedule_of(job("u"))
+    assert started(schedule, 1) == [key("u")]
+    schedule.put(job("u", due=2))
+    assert schedule.next_action(3) == SleepUntil(None)
+    schedule.ended(key("u"))
+    assert started(schedule, 3) == [key("u")]
+
+
+def test_a_job_put_again_counts_once_and_as_it_is_now() -> None:
+    schedule = schedule_of(job("u", due=1), job("u", due=9), job("u", due=5))
+    assert schedule.next_action(4) == SleepUntil(5)
+    assert started(schedule, 5) == [key("u")]
+    assert started(schedule, 100) == []
+
+
+def test_a_removed_job_is_gone() -> None:
+    schedule = schedule_of(job("u", due=1))
+    assert isinstance(schedule.next_action(2), Start)
+    schedule.remove(key("u"))
+    assert schedule.next_action(2) == SleepUntil(None)
+
+
+def test_a_job_of_an_unknown_peer_is_not_scheduled() -> None:
+    assert schedule_of(job("u", peer=C)).next_action(2) == SleepUntil(None)
+
+
+def test_a_peer_that_is_down_is_probed_by_one_at_a_time() -> None:
+    schedule = schedule_of(*(job(f"u{n}") for n in range(5)))
+    (first, *others) = started(schedule, 100)
+    assert schedule.peer_failed(B, 100)
+    for one in others:
+        assert not schedule.peer_failed(B, 100)
+        schedule.ended(one)
+    schedule.ended(first)
+    for n in range(5):
+        schedule.put(job(f"u{n}"))
+    assert schedule.next_action(100) == SleepUntil(100 + PROBE_FIRST)
+    assert len(started(schedule, 100 + PROBE_FIRST)) == 1
+    assert schedule.next_action(200) == SleepUntil(None)
+
+
+def test_probes_pause_longer_up_to_the_last() -> None:
+    schedule = schedule_of(job("u"))
+    now, pauses = 0.0, []
+    schedule.peer_failed(B, now)
+    for _ in range(10):
+        sleep = schedule.next_action(now)
+        assert isinstance(sleep, SleepUntil)
+        assert sleep.time is not None
+        pauses.append(sleep.time - now)
+        now = sleep.time
+        assert started(schedule, now) == [key("u")]
+        schedule.ended(key("u"))
+        schedule.put(job("u"))
+        schedule.peer_failed(B, now)
+    assert pauses[:3] == [PROBE_FIRST, PROBE_FIRST * 2, PROBE_FIRST * 4]
+    assert pauses[-1] == PROBE_LAST
+
+
+def test_after_the_peer_is_back_all_flow_again() -> None:
+    schedule = schedule_of(*(job(f"u{n}") for n in range(3)))
+    schedule.peer_failed(B, 50)
+    assert schedule.peer_answered(B) == 50
+    assert schedule.peer_answered(B) is None
+    assert len(started(schedule, 50)) == 3
+
+
+def test_one_peer_down_does_not_stop_the_other() -> None:
+    schedule = schedule_of(job("u"), job("v", peer=C), b=1, c=1)
+    schedule.peer_failed(B, 1)
+    assert started(schedule, 1) == [key("v", C)]
+
+
+def test_nothing_is_lost_whatever_happens() -> None:
+    seed = int(os.environ.get("SEED", random.randrange(1 << 32)))
+    print(f"SEED={seed}")
+    rng = random.Random(seed)
+    schedule = schedule_of(b=3, c=2)
+    pending: set[JobKey] = set()
+    running: set[JobKey] = set()
+    now = 0.0
+    for _ in range(3000):
+        now += rng.random()
+        what = rng.randrange(4)
+        one = key(f"u{rng.randrange(12)}", rng.choice((B, C)))
+        if what == 0:
+            schedule.put(
+                job(one.user, due=now + rng.random(), peer=one.peer, priority=rng.choice(list(Priority)))
+            )
+            pending.add(one)
+        elif what == 1 and running:
+            ended = rng.choice(sorted(running))
+            running.discard(ended)
+            schedule.ended(ended)
+        else:
+            for start in started(schedule, now):
+                assert start in pending
+                pending.discard(start)
+                running.add(start)
+        assert len({k.user for k in running}) == len(running)
+        assert sum(k.peer == B for k in running) <= 3
+    while running or pending:
+        now += 10
+        for start in started(schedule, now):
+            pending.remove(start)
+            running.add(start)
+        assert running, f"{pending} never start"
+        for ended in sorted(running):
+            schedule.ended(ended)
+        running.clear()
