@@ -180,10 +180,9 @@ class Brain:
                 self.schedule.remove(key)
 
         began = time.monotonic()
+        deadline = asyncio.get_running_loop().time() + options.deadline
         try:
-            reply = await self._doveadm.run(
-                key.user, "sync", args, deadline=options.deadline, before_send=cover
-            )
+            reply = await self._doveadm.run(key.user, "sync", args, deadline=deadline, before_send=cover)
         except asyncio.CancelledError:
             self._put(debounce.join(self.jobs[key], covered))
             raise

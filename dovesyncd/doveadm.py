@@ -276,20 +276,25 @@ class _ProgramRun(asyncio.SubprocessProtocol):
         """End what is left of the run: SIGTERM, and SIGKILL after the grace or on a second cancellation."""
         if self._transport is None:
             return
-        if not self._exited.is_set():
-            self._signal_group(signal.SIGTERM)
-            timer = asyncio.get_running_loop().call_later(self._grace, self._signal_group, signal.SIGKILL)
-            try:
-                await self._exited.wait()
-            except asyncio.CancelledError:
+        try:
+            if not self._exited.is_set():
+                await self._terminate()
+            if not self._pipes_closed:
+                # A child of the program (dsync's remote shell) outlived it.
                 self._signal_group(signal.SIGKILL)
-                raise
-            finally:
-                timer.cancel()
-        if not self._pipes_closed:
-            # A child of the program (dsync's remote shell) outlived it.
+        finally:
+            self._transport.close()
+
+    async def _terminate(self) -> None:
+        self._signal_group(signal.SIGTERM)
+        timer = asyncio.get_running_loop().call_later(self._grace, self._signal_group, signal.SIGKILL)
+        try:
+            await self._exited.wait()
+        except asyncio.CancelledError:
             self._signal_group(signal.SIGKILL)
-        self._transport.close()
+            raise
+        finally:
+            timer.cancel()
 
     def _signal_group(self, number: int) -> None:
         if self._transport is not None:

@@ -8,7 +8,10 @@ so that no user name can break out of its field. The ``doveadm`` program prints 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import pwd
+import signal
 from collections import defaultdict
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -77,36 +80,62 @@ async def settings(
     program: str = "doveconf", config: Optional[str] = None, *, deadline: float = DEADLINE
 ) -> DovecotSettings:
     """Dovecot's configuration with its defaults. DovecotError with doveconf's words where it fails."""
-    command = [program, *(("-c", config) if config else ()), "-a"]
-    hint = f"does {' '.join(command)!r} work?"
+    command = [program, *(("-c", config) if config else ())]
+    found = settings_from(await _doveconf([*command, "-a"], deadline))
+    if not found.base_dir:
+        # 2.4.1 lists all settings but some that were not set, and names them when asked.
+        base_dir = (await _doveconf([*command, "-h", "base_dir"], deadline)).strip()
+        found = replace(found, base_dir=base_dir.rstrip("/"))
+    if not found.base_dir.startswith("/"):
+        raise DovecotError("doveconf did not say where base_dir is", "does 'doveconf -h base_dir' work?")
+    return found
+
+
+async def _doveconf(command: Sequence[str], deadline: float) -> str:
+    """What it prints. DovecotError where it fails or prints without end."""
+    program, hint = command[0], f"does {' '.join(command)!r} work?"
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
     except OSError as error:
         raise DovecotError(f"can't run {program}: {error.strerror}", "set dovecot.doveconf") from error
-    assert process.stdout is not None
-    assert process.stderr is not None
     try:
-        output, words = await asyncio.wait_for(
-            asyncio.gather(_read(process.stdout), _read(process.stderr)), deadline
-        )
-        if len(output) > _OUTPUT_LIMIT:
-            raise DovecotError(f"{program} printed more than {_OUTPUT_LIMIT} bytes", hint)
-        status = await asyncio.wait_for(process.wait(), deadline)
+        output, said = await asyncio.wait_for(_output(process), deadline)
     except asyncio.TimeoutError:
         raise DovecotError(f"{program} did not end within {deadline:g} s", hint) from None
     finally:
         if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if status != 0:
-        text = words.decode("utf-8", "replace").strip() or f"exit status {status}"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            # Not wait(): that waits for ever while something is left in a pipe.
+            await process.communicate()
+    if len(output) > _OUTPUT_LIMIT:
+        raise DovecotError(f"{program} printed more than {_OUTPUT_LIMIT} bytes", hint)
+    if process.returncode != 0:
+        text = said.decode("utf-8", "replace").strip() or f"exit status {process.returncode}"
         raise DovecotError(f"{program} failed: {text[:1000]}", hint)
-    return settings_from(output.decode("utf-8", "surrogateescape"))
+    return output.decode("utf-8", "surrogateescape")
+
+
+async def _output(process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
+    """What it printed to stdout and to stderr, when it has ended; or too much, while it still runs."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors = asyncio.ensure_future(_read(process.stderr))
+    try:
+        output = await _read(process.stdout)
+        if len(output) > _OUTPUT_LIMIT:
+            return output, b""
+        said = await errors
+        await process.wait()
+        return output, said
+    finally:
+        errors.cancel()
 
 
 async def _read(stream: asyncio.StreamReader) -> bytes:
@@ -227,8 +256,12 @@ async def accounts(
             if reason := layout.unsafe_name(name):
                 refused[f"the name {reason}"].append(name)
             elif "home" not in fields:
-                error = fields.get("error", "Dovecot could not look the user up")
-                refused[error.replace(f"user {name} ", "the user ")].append(name)
+                # 2.3 does not say why, 2.4 does.
+                error = fields.get("error", "Dovecot can't look the user up (below first_valid_uid?)")
+                if "see first_valid_uid" in error:
+                    result.skipped[name] = error
+                else:
+                    refused[error.replace(f"user {name} ", "the user ")].append(name)
             elif reason := _left_out(name, fields, settings, include, exclude):
                 result.skipped[name] = reason
             else:
@@ -353,8 +386,10 @@ class _Survey:
                 "Dovecot's settings say: asking Dovecot about each user; set dovecot.index_root to save that"
             )
             return await self._ask_all([(account, bool(account.inbox)) for account in kind])
-        names = _named([account.user for account in kind])
-        self._problems.append(f"Dovecot does not tell the mail path of {names}: trusting its settings")
+        if kind[0].layout != "index":
+            # That layout has no path for a mailbox that is not there yet.
+            names = _named([account.user for account in kind])
+            self._problems.append(f"Dovecot does not tell the mail path of {names}: trusting its settings")
         return kind
 
     async def _ask_all(self, unknown: Sequence[tuple[Account, bool]]) -> list[Account]:

@@ -55,6 +55,12 @@ EXIT_CODES = {
     b"EXPIRED": 1003,
 }
 
+# Reply.failure where the connection ended without a reply. A doveadm-server of 2.3 ends so when the peer
+# can't be reached (i_fatal in doveadm-util.c); one of 2.4 answers that, and ends so only when it dies.
+DISCONNECTED = "disconnected"
+DIED = "doveadm-server died"
+_FIRST_MINOR_OF_24 = 3
+
 _LEVELS = ("debug", "info", "warning", "error", "fatal", "panic")
 _ESCAPES = {b"\x00": b"\x010", b"\x01": b"\x011", b"\t": b"\x01t", b"\r": b"\x01r", b"\n": b"\x01n"}
 _UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
@@ -145,7 +151,7 @@ class ReplyStream:
         self.state = State.HANDSHAKE
         self.problem = ""
         self._greeting = bytearray()
-        self._version_seen = False
+        self._minor: Optional[int] = None
         self._header = bytearray()
         self._channel = _REPLY_CHANNEL
         self._left = 0
@@ -172,8 +178,13 @@ class ReplyStream:
             self._log_lines = LineSplitter(LOG_LINE_LIMIT)
         if self._exit_code is not None:
             return Reply(self._exit_code, self._output or (), self._log.lines())
-        failure = f"protocol error: {self.problem}" if self.state is State.BROKEN else "disconnected"
-        return Reply(None, log=self._log.lines(), failure=failure)
+        return Reply(None, log=self._log.lines(), failure=self._failure())
+
+    def _failure(self) -> str:
+        if self.state is State.BROKEN:
+            return f"protocol error: {self.problem}"
+        new = self._minor is not None and self._minor >= _FIRST_MINOR_OF_24
+        return DIED if new and self.state is State.READY else DISCONNECTED
 
     def _break(self, problem: str) -> None:
         self.state = State.BROKEN
@@ -192,10 +203,12 @@ class ReplyStream:
         return rest
 
     def _handle_greeting(self, line: bytes) -> None:
-        if not self._version_seen:
-            self._version_seen = line.startswith(b"VERSION\tdoveadm-client\t1\t")
-            if not self._version_seen:
+        if self._minor is None:
+            version = _VERSION.fullmatch(line)
+            if version is None:
                 self._break(f"unexpected greeting {_excerpt(line)}")
+            else:
+                self._minor = int(version[1])
         elif line == b"+":
             self.state = State.READY
         elif line == b"-":
@@ -279,6 +292,7 @@ def parse_stderr_line(line: bytes) -> Optional[LogLine]:
     return LogLine(found["level"].lower(), found["prefix"] + found["text"])
 
 
+_VERSION = re.compile(rb"VERSION\tdoveadm-client\t1\t(\d{1,9})")
 _LEVEL_WORD = re.compile(
     r"(?P<prefix>|.*?: )(?P<level>Debug|Info|Warning|Error|Fatal|Panic): (?P<text>.*)", re.DOTALL
 )

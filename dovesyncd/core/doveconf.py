@@ -93,12 +93,10 @@ def settings_from(text: str) -> DovecotSettings:
         # 2.4 prints its general default, which a driver's own default beats, just like a value that is set.
         del values["mailbox_list_layout"]
     inbox = _inbox_namespace(top)
-    if not values.get("base_dir", "").startswith("/"):
-        raise DovecotError("doveconf did not say where base_dir is", "does 'doveconf -a' work?")
     return DovecotSettings(
         version=version[1] + "." + version[2] + version[3].rstrip(":"),
         series=(int(version[1]), int(version[2])),
-        base_dir=values["base_dir"].rstrip("/"),
+        base_dir=values.get("base_dir", "").rstrip("/"),
         first_valid_uid=_number(values.get("first_valid_uid"), 500),
         process_limit=_process_limit(top),
         mail_location=values.get("mail_location", ""),

@@ -9,7 +9,6 @@ understood here is refused with a typed error, never guessed: Dovecot can be ask
 from __future__ import annotations
 
 import hashlib
-import os
 import posixpath
 import re
 from collections.abc import Callable, Iterable
@@ -60,21 +59,30 @@ _VARIABLE = re.compile(
 _SHORT = {b"u": b"user", b"n": b"username", b"d": b"domain", b"h": b"home"}
 
 
+def _bytes(text: str) -> bytes:
+    """As ``os.fsencode``, on every system."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
+
+
 def expand(template: str, *, user: str, home: str = "") -> str:
     """``template`` with its 2.3 or 2.4 variables replaced.
 
     Known are the user's name and its parts, the home directory, the 2.3 modifiers ``L U R T M N H`` with
     offset and width, and the 2.4 filters in ``_FILTERS``. Dovecot counts bytes, and so does this.
     """
-    name = os.fsencode(user)
+    name = _bytes(user)
     username, _, domain = name.partition(b"@")
-    variables = {b"user": name, b"username": username, b"domain": domain, b"home": os.fsencode(home)}
+    variables = {b"user": name, b"username": username, b"domain": domain, b"home": _bytes(home)}
     variables[b"owner_user"], variables[b"owner_home"] = variables[b"user"], variables[b"home"]
 
     def replace(match: re.Match[bytes]) -> bytes:
         if match["literal"]:
             return b"%"
-        text = os.fsdecode(match[0])
+        text = _text(match[0])
         if match["bad"] is not None:
             raise UnknownVariable(template, text)
         key, *filters = (match["program"] or _SHORT.get(match["short"] or b"", b"")).split(b"|")
@@ -88,7 +96,7 @@ def expand(template: str, *, user: str, home: str = "") -> str:
         except (ValueError, KeyError):
             raise UnknownVariable(template, text) from None
 
-    return os.fsdecode(_VARIABLE.sub(replace, os.fsencode(template)))
+    return _text(_VARIABLE.sub(replace, _bytes(template)))
 
 
 def _domain(value: bytes) -> bytes:
@@ -264,8 +272,8 @@ def parse_index_path(path: str, mailbox: str) -> Place:
     if not path:
         raise UnusablePath("indexes in memory can't be replicated")
     path = absolute(path, "")
-    if _GUID_LEAF.search(path):
-        return Place(path[: _GUID_LEAF.search(path).start()] or "/", "index", "dbox")  # type: ignore[union-attr]
+    if match := _GUID_LEAF.search(path):
+        return Place(path[: match.start()] or "/", "index", "dbox")
     parts = path.split("/")
     for index in range(len(parts) - 1, 0, -1):
         if parts[index] == "." + mailbox:

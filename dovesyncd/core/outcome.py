@@ -10,17 +10,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
-from dovesyncd.core.doveadm_wire import EXIT_UNKNOWN
+from dovesyncd.core.doveadm_wire import DIED, DISCONNECTED, EXIT_UNKNOWN
 from dovesyncd.core.model import LogLine, Outcome, OutcomeClass, Reply
 
 # Reply.failure of a sync that the daemon itself gave up.
 TIMEOUT = "timeout"
-# ... and of a doveadm-server that went away without a word.
-DISCONNECTED = "disconnected"
 
 
 class _Text(NamedTuple):
-    """A log line that says ``kind`` more precisely than the exit code does."""
+    """A log message that says ``kind`` more precisely than the exit code does."""
 
     kind: OutcomeClass
     pattern: re.Pattern[str]
@@ -30,26 +28,30 @@ def _text(kind: OutcomeClass, *patterns: str) -> _Text:
     return _Text(kind, re.compile("|".join(patterns)))
 
 
-# The first row that matches any line wins, so causes stand before the consequences that follow them.
+# What stands before a message: log prefixes of doveadm and dsync, of their parts (2.4), of the other side.
+_PREFIXES = re.compile(
+    r"(?:doveadm: |(?:doveadm|dsync|dsync-local|dsync-remote|remote)(?:\([^)]*\))(?:<[^>]*>)*: "
+    r"|cmd [a-z -]+: |conn \S+ \([^)]*\): |brain [MS]: )*"
+)
+
+# The first row that matches any message wins, so causes stand before the consequences that follow them.
+# Patterns match from the start of a message: further in, it may quote a folder that a user has named.
 _TEXTS = (
     # dsync-brain.c dsync_brain_lock(), lib/file-create-locked.c
     _text(OutcomeClass.OTHER, r"Couldn't lock .*(Permission denied|Read-only file system|No space left)"),
-    _text(
-        OutcomeClass.BUSY,
-        r"Couldn't lock .*(Timed out after|locking failed)",
-        r"Timeout while waiting for lock",
-    ),
+    _text(OutcomeClass.BUSY, r"Couldn't lock .*(Timed out after|locking failed)"),
     # MAIL_ERRSTR_NO_QUOTA, and the default of quota_exceeded_message
-    _text(OutcomeClass.QUOTA, r"Quota exceeded", r"Not enough disk quota"),
+    _text(OutcomeClass.QUOTA, r".*(Quota exceeded|Not enough disk quota)"),
     # doveadm-client.c (2.3: server-connection.c); openssl and ssh for the other carriers
     _text(
         OutcomeClass.AUTH,
-        r"doveadm authentication failed",
-        r"authenticated with wrong password",
+        r"doveadm (authentication|STARTTLS) failed",
+        r"doveadm client authenticated with wrong password",
         r"doveadm_password not set",
-        r"SSL (client|handshake|context|certificate)",
-        r"invalid SSL certificate|certificate verify failed",
-        r"Permission denied \((publickey|password|keyboard)",
+        r"Disconnected from remote: .*(SSL|certificate)",
+        r"(Couldn't create server connection: )?(Couldn't initialize SSL|SSL handshake failed)",
+        r"(doveadm server disconnected before handshake: )?Received invalid SSL certificate",
+        r"\S+: Permission denied \((publickey|password|keyboard)",
         r"Host key verification failed",
     ),
     # doveadm-dsync.c doveadm_client callback; EX_NOUSER of a remote command
@@ -64,30 +66,31 @@ _TEXTS = (
         r"doveadm server disconnected before handshake",
         r"Couldn't create server connection",
         r"connect\([^/)]*\) (failed|timed out)",
-        r"(Lookup of host |dns_lookup\().* failed",
+        r"Lookup of host .* failed",
+        r"Failed to start remote dsync-server command: .*dns_lookup\(",
         r"Remote command returned error 255\b",
-        r"read\(.*\) failed: (Connection reset|Connection timed out|No route to host)",
-        r"write\(.*\) failed: (Broken pipe|Connection reset)",
+        r"read\([^)]*\) failed: (Connection reset|Connection timed out|No route to host)",
+        r"write\([^)]*\) failed: (Broken pipe|Connection reset)",
     ),
     # FATAL_EXEC of lib/failures.h, and the shell's words for it
     _text(OutcomeClass.CONFIG, r"Remote command returned error (84|126|127)\b"),
     _text(
         OutcomeClass.CRASH,
-        r"Panic: ",
         r"Raw backtrace",
         r"Remote command died with signal",
         r"Remote command returned error 8[0-9]\b",
-        r"read\(.*\) failed: EOF",
+        r"read\([^)]*\) failed: EOF",
     ),
     _text(
         OutcomeClass.CONFIG,
-        r"unknown command",
-        r"isn't allowed to use command",
+        r"Client sent unknown command",
+        r"doveadm client isn't allowed to use command",
         r"No namespaces found for syncing",
-        r"points? to same directory",
-        r"hierarchy separator|conflicting (separators|escape chars)",
+        r"Both source and destination mail_\w+",
+        r"Mail locations must use the same hierarchy separator",
+        r"Synced namespaces have conflicting",
         r"Failed to initialize user",
-        r"parameter requires syncing with remote host",
+        r"-N parameter requires syncing with remote host",
     ),
 )
 
@@ -138,17 +141,23 @@ def _kind_and_cause(reply: Reply, lines: Sequence[LogLine]) -> tuple[OutcomeClas
 def _known_texts(lines: Sequence[LogLine]) -> Iterator[tuple[OutcomeClass, LogLine]]:
     for rule in _TEXTS:
         for line in lines:
-            if rule.pattern.search(line.text):
+            panicked = rule.kind is OutcomeClass.CRASH and line.level == "panic"
+            if panicked or rule.pattern.match(_message(line)):
                 yield rule.kind, line
+
+
+def _message(line: LogLine) -> str:
+    prefixes = _PREFIXES.match(line.text)
+    return line.text[prefixes.end() :] if prefixes else line.text
 
 
 def _missing_user(lines: Sequence[LogLine]) -> tuple[OutcomeClass, Optional[LogLine]]:
     """Both sides answer NOUSER. Without proof that it is the local one, it is taken for the remote one:
     that forgets nobody."""
     for line in lines:
-        if "User doesn't exist" in line.text and "remote(" not in line.text:
+        if line.text.endswith("User doesn't exist") and "remote(" not in line.text:
             return OutcomeClass.NOUSER_LOCAL, line
-    remote = (line for line in lines if "Unknown user in remote" in line.text)
+    remote = (line for line in lines if _message(line).startswith("Unknown user in remote"))
     return OutcomeClass.NOUSER_REMOTE, next(remote, None)
 
 
@@ -160,7 +169,8 @@ def _without_text(reply: Reply, lines: Sequence[LogLine]) -> OutcomeClass:
             # A doveadm-server of 2.3 dies of a peer that can't be reached, and its last words (Fatal:) go
             # to the log file only.
             return OutcomeClass.PEER_DOWN
-        return OutcomeClass.CRASH if reply.failure.startswith("killed by") else OutcomeClass.OTHER
+        died = reply.failure == DIED or reply.failure.startswith("killed by")
+        return OutcomeClass.CRASH if died else OutcomeClass.OTHER
     if reply.exit_code in _FATAL_CODES:
         return OutcomeClass.CRASH
     if reply.exit_code == EXIT_UNKNOWN:

@@ -30,8 +30,10 @@ class Curve(NamedTuple):
 RETRY = {
     OutcomeClass.CHANGED: Curve(1, 300),
     OutcomeClass.BUSY: Curve(1, 30),
-    OutcomeClass.PEER_DOWN: Curve(1, 60),
-    OutcomeClass.AUTH: Curve(5, 60),
+    # Longer than the first pause of a peer that is down: another user probes it then. On 2.3 a doveadm
+    # that died over one user looks like a peer that is down.
+    OutcomeClass.PEER_DOWN: Curve(3, 60),
+    OutcomeClass.AUTH: Curve(3, 60),
     OutcomeClass.NOUSER_LOCAL: Curve(60, 3600),
     OutcomeClass.NOUSER_REMOTE: Curve(60, 3600),
     OutcomeClass.QUOTA: Curve(60, 3600),

@@ -1,0 +1,50 @@
+"""Fixtures: ``pair`` runs a test once a Dovecot version, on nodes that are booted once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.system.pair import Pair
+from tests.system.pair import pair as make_pair
+
+
+def _session_pair(version: str) -> Iterator[Pair]:
+    with make_pair(version) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="session")
+def pair_23() -> Iterator[Pair]:
+    yield from _session_pair("2.3")
+
+
+@pytest.fixture(scope="session")
+def pair_24() -> Iterator[Pair]:
+    yield from _session_pair("2.4")
+
+
+@pytest.fixture(scope="session")
+def pair_23_hosts() -> Iterator[Pair]:
+    yield from _session_pair("2.3-hosts")
+
+
+def _clean(nodes: Pair) -> Iterator[Pair]:
+    nodes.reset()
+    yield nodes
+    nodes.reset()
+
+
+@pytest.fixture(params=["2.3", "2.4"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """Two clean nodes with Dovecot 2.3 (instances on loopback), then with 2.4 (hosts)."""
+    yield from _clean(request.getfixturevalue({"2.3": "pair_23", "2.4": "pair_24"}[request.param]))
+
+
+@pytest.fixture(params=["2.3-hosts", "2.4"])
+def hosts(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """Two clean hosts with systemd and a network that can be cut: Dovecot 2.3, then 2.4."""
+    yield from _clean(
+        request.getfixturevalue({"2.3-hosts": "pair_23_hosts", "2.4": "pair_24"}[request.param])
+    )
