@@ -11,21 +11,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Optional
 
-from dovesyncd.core import debounce, outcome, retry
+from dovesyncd.core import debounce, guids, outcome, retry
 from dovesyncd.core.dsync import sync_args
+from dovesyncd.core.guids import Identity
 from dovesyncd.core.health import Work
 from dovesyncd.core.model import (
     ChangeKind,
     Job,
     JobKey,
     Outcome,
+    OutcomeClass,
     PeerName,
     SyncKind,
     Timings,
     User,
 )
 from dovesyncd.core.options import Config
-from dovesyncd.core.schedule import Pass, Schedule, SleepUntil, Start
+from dovesyncd.core.schedule import Duty, Schedule, SleepUntil, Start
 from dovesyncd.doveadm import Doveadm
 from dovesyncd.store import Store
 
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # Which failures of a user in a row are worth a line: the first and every tenth.
 _LOG_EVERY = 10
+# Seconds for a doveadm command that only looks or sets one thing.
+_SMALL_DEADLINE = 60.0
 
 
 class Brain:
@@ -45,7 +49,7 @@ class Brain:
         store: Store,
         jobs: Mapping[JobKey, Job],
         doveadm: Doveadm,
-        drain: Callable[[], None],
+        drain: Callable[[User], None],
     ) -> None:
         self._config = config
         self._timings = Timings(config.sync.settle, config.sync.settle_low, config.sync.longest_wait)
@@ -57,10 +61,12 @@ class Brain:
         self.users: set[User] = set()
         self.schedule = Schedule({peer.name: peer.workers for peer in config.peers})
         self._woken = asyncio.Event()
+        # Whose running sync has been told to look: a change from then on is not in it.
+        self._covered: set[User] = set()
         self._syncs: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._broken: Optional[BaseException] = None
-        self._acted_at = time.monotonic()
+        self._woken_at = time.monotonic()
 
     # What is to be done ---------------------------------------------------------------------------
 
@@ -84,8 +90,15 @@ class Brain:
                 else:
                     self.jobs[key] = Job(key)
                     self._merge(key, {ChangeKind.NEW_USER}, now)
-        self._woken.set()
+        self._wake()
         return users - known
+
+    def contested(self, user: User) -> None:
+        """A change that is told next was made while a dsync was at work on the same mailbox."""
+        for peer in self._peers:
+            key = JobKey(user, peer)
+            if key in self.jobs:
+                self.jobs[key] = retry.contested(self.jobs[key], time.time())
 
     def changed(self, user: User, kinds: Iterable[ChangeKind]) -> None:
         kinds = frozenset(kinds)
@@ -94,8 +107,10 @@ class Brain:
         for peer in self._peers:
             key = JobKey(user, peer)
             if key in self.jobs:
+                if user in self._covered:
+                    self.jobs[key] = retry.contested(self.jobs[key], now)
                 self._merge(key, kinds, now)
-        self._woken.set()
+        self._wake()
 
     def _merge(self, key: JobKey, kinds: Iterable[ChangeKind], now: float) -> None:
         job = self.jobs[key]
@@ -115,18 +130,19 @@ class Brain:
         while not self._stopping:
             if self._broken is not None:
                 raise self._broken
-            self._acted_at = time.monotonic()
+            self._woken_at = time.monotonic()
             now = time.time()
             action = self.schedule.next_action(now)
             if isinstance(action, Start):
                 self._start(action.key)
-            elif isinstance(action, Pass):
-                job = self.jobs[action.key]
-                self._put(
-                    replace(debounce.merge(job, {ChangeKind.BACKGROUND}, now, self._timings, True), due=now)
-                )
+            elif isinstance(action, Duty):
+                self._put(replace(self._with_duty(self.jobs[action.key], now), due=now))
             else:
                 await self._sleep(action, now)
+
+    def _with_duty(self, job: Job, now: float) -> Job:
+        kind = ChangeKind.CONFIRMATION if retry.confirmation_due(job, now) else ChangeKind.BACKGROUND
+        return debounce.merge(job, {kind}, now, self._timings, idle=True)
 
     async def _sleep(self, until: SleepUntil, now: float) -> None:
         timeout = None if until.time is None else max(0.0, until.time - now)
@@ -139,11 +155,16 @@ class Brain:
     @property
     def work(self) -> Work:
         """``run`` has something to do from the moment that it is woken."""
-        return Work("brain", self._acted_at if self._woken.is_set() else None, 60.0)
+        return Work("brain", self._woken_at if self._woken.is_set() else None, 60.0)
+
+    def _wake(self) -> None:
+        if not self._woken.is_set():
+            self._woken_at = time.monotonic()
+        self._woken.set()
 
     def _start(self, key: JobKey) -> None:
         self.schedule.started(key)
-        task = asyncio.get_running_loop().create_task(self._sync(key), name=f"sync {key.user}")
+        task = asyncio.get_running_loop().create_task(self._sync(key), name=f"sync {key.user!a}")
         self._syncs.add(task)
         task.add_done_callback(self._ended)
 
@@ -152,14 +173,16 @@ class Brain:
         if not task.cancelled() and task.exception() is not None:
             # Not an outcome of a sync but an error of this program: run() must not survive it.
             self._broken = task.exception()
-        self._woken.set()
+        self._wake()
 
     async def _sync(self, key: JobKey) -> None:
         peer, options = self._peers[key.peer], self._config.sync
-        kind = retry.kind_of(self.jobs[key])
+        if retry.confirmation_due(self.jobs[key], time.time()):
+            self._merge(key, {ChangeKind.CONFIRMATION}, time.time())
+        kind, state = retry.kind_of(self.jobs[key]), retry.state_for(self.jobs[key])
         args = sync_args(
             kind,
-            self.jobs[key].state,
+            state,
             lock_timeout=int(options.lock_timeout),
             stall_timeout=int(options.stall_timeout),
             destination=peer.destination,
@@ -171,14 +194,17 @@ class Brain:
 
         def cover() -> None:
             nonlocal covered
-            self._drain()
+            self._drain(key.user)
             job = self.jobs[key]
             # What arrived since and asks for a deeper look than this sync will take stays due.
-            if retry.kind_of(job) is kind:
+            if retry.kind_of(job) is kind and retry.state_for(job) == state:
                 covered = job
                 self.jobs[key] = replace(debounce.clear(job), last_start=time.time())
                 self.schedule.remove(key)
+                self._covered.add(key.user)
 
+        stuck = retry.may_be_guids(self.jobs[key])
+        before = await self._identities(key.user) if stuck else {}
         began = time.monotonic()
         deadline = asyncio.get_running_loop().time() + options.deadline
         try:
@@ -186,14 +212,41 @@ class Brain:
         except asyncio.CancelledError:
             self._put(debounce.join(self.jobs[key], covered))
             raise
-        self._conclude(covered, kind, outcome.classify(reply), time.monotonic() - began)
+        result = outcome.classify(reply)
+        if before and result.kind is OutcomeClass.CHANGED:
+            await self._settle_guids(key.user, before)
+        self._conclude(key, covered, kind, result, time.monotonic() - began)
 
-    def _conclude(self, covered: Job, kind: SyncKind, result: Outcome, seconds: float) -> None:
-        key, now = covered.key, time.time()
+    async def _identities(self, user: User) -> dict[str, Identity]:
+        reply = await self._doveadm.run(user, "mailbox status", guids.STATUS, deadline=self._soon())
+        return guids.parse(reply.output) if reply.exit_code == 0 else {}
+
+    async def _settle_guids(self, user: User, before: Mapping[str, Identity]) -> None:
+        """Ends dsync's endless exchange of a mailbox's two GUIDs."""
+        for mailbox, guid in guids.exchanged(before, await self._identities(user)).items():
+            args = ("--mailbox-guid", guid, "--", mailbox)
+            reply = await self._doveadm.run(user, "mailbox update", args, deadline=self._soon())
+            log.warning(
+                "%s: mailbox %s had another GUID on the peer, which dsync can't merge: set to %s%s",
+                user,
+                mailbox,
+                guid,
+                "" if reply.exit_code == 0 else f", which failed: {outcome.classify(reply).text}",
+            )
+
+    @staticmethod
+    def _soon() -> float:
+        return asyncio.get_running_loop().time() + _SMALL_DEADLINE
+
+    def _conclude(self, key: JobKey, covered: Job, kind: SyncKind, result: Outcome, seconds: float) -> None:
+        # Whatever happened while the sync ran must be known before its state is trusted.
+        self._drain(key.user)
+        now = time.time()
         self._note_peer(key.peer, result, now)
         job = retry.after(
             self.jobs[key], covered, kind, result, now, random.random(), self._config.sync.pass_interval
         )
+        self._covered.discard(key.user)
         self.schedule.ended(key)
         self._put(job)
         self._log(covered, kind, result, seconds, job)
@@ -245,7 +298,7 @@ class Brain:
         """Starts nothing more, gives running syncs ``grace`` seconds, and cancels the rest; their changes
         stay pending."""
         self._stopping = True
-        self._woken.set()
+        self._wake()
         syncs = set(self._syncs)
         if syncs:
             _, late = await asyncio.wait(syncs, timeout=grace)

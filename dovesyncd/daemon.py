@@ -17,6 +17,7 @@ from dovesyncd.brain import Brain
 from dovesyncd.config import load
 from dovesyncd.core import health
 from dovesyncd.core.errors import ConfigError, DovesyncError
+from dovesyncd.core.model import User
 from dovesyncd.core.options import Config, render
 from dovesyncd.doveadm import Doveadm
 from dovesyncd.intake import Intake
@@ -46,7 +47,13 @@ class Daemon:
         contents = self._store.load()
         self._users = Users(self._ask, self._tell, config.users.refresh)
         self._brain = Brain(config, self._store, contents.jobs, self._doveadm, self._drain)
-        self._intake = Intake(self._store, contents.cursors, self._brain.changed, self._users.hint)
+        self._intake = Intake(
+            self._store,
+            contents.cursors,
+            on_change=self._brain.changed,
+            on_arrival=self._users.hint,
+            on_contest=self._brain.contested,
+        )
 
     async def _ask(self) -> Accounts:
         """Everything is asked anew each time: Dovecot may have been upgraded or moved in between."""
@@ -67,8 +74,8 @@ class Daemon:
         self._intake.follow(accounts.accounts.values(), new)
         self._report()
 
-    def _drain(self) -> None:
-        self._intake.watch.drain()
+    def _drain(self, user: User) -> None:
+        self._intake.catch_up(user)
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT. An error in any task or callback ends the daemon, and is raised."""

@@ -26,11 +26,16 @@ from dovesyncd.watch import Event, Watch
 log = logging.getLogger(__name__)
 
 _CAME = watch.CREATE | watch.MOVED_TO
+# Created and removed around dsync's work on a mailbox, on both nodes: DSYNC_MAILBOX_LOCK_FILENAME,
+# dsync-brain-mailbox.c.
+_SYNC_LOCK = b".dovecot-box-sync.lock"
 _MAILBOX_LOGS = frozenset({logreader.MAILBOX_LOG, logreader.MAILBOX_LOG_2})
 # Seconds in which dsync claims the attribute updates that it caused.
 _CONFIRMATION = 0.25
 # Users scanned in one go before the event loop gets its turn.
 _SCANS_AT_ONCE = 16
+# Directories below one another that are looked into. Who owns a home can make more than a stack holds.
+_DEEPEST = 100
 
 
 class Directory:
@@ -38,7 +43,7 @@ class Directory:
     absolute for an INBOX that lies elsewhere; ``position`` belongs to
     the index log in it, None while there is none. Its watch follows the inode, so a rename keeps it."""
 
-    __slots__ = ("attributes", "path", "position", "tree", "wd")
+    __slots__ = ("attributes", "path", "position", "syncing", "tree", "wd")
 
     def __init__(self, tree: Tree, path: bytes, wd: int) -> None:
         self.tree = tree
@@ -47,6 +52,8 @@ class Directory:
         self.position: Optional[LogPosition] = None
         # Attribute updates that dsync may yet claim; meanwhile the position is not stored.
         self.attributes: tuple[bytes, ...] = ()
+        # Whether a dsync, whichever node began it, is at work on the mailbox.
+        self.syncing = False
 
 
 class Tree:
@@ -65,6 +72,10 @@ class Tree:
         self.directories: dict[bytes, Directory] = {}
         self.mailbox_log: dict[bytes, LogPosition] = {}
 
+    def needs(self, path: str) -> bool:
+        """Whether ``path`` is a directory of the user's logs or above one."""
+        return any(f"{end}/".startswith(f"{path}/") for end in (self.account.index_root, self.account.inbox))
+
 
 class Ancestor:
     """A watched directory above index roots: some of them may appear in it one day."""
@@ -76,6 +87,7 @@ class Ancestor:
 
 class Intake:
     """``on_change(user, kinds)`` is called in the same callback that puts the positions into the store.
+    ``on_contest(user)`` comes before it if the change was made while dsync was at work on the same mailbox.
     ``on_arrival()`` is called when a directory appeared where users live and no known one expects it."""
 
     def __init__(
@@ -84,11 +96,13 @@ class Intake:
         cursors: Mapping[CursorKey, LogPosition],
         on_change: Callable[[User, frozenset[ChangeKind]], None],
         on_arrival: Callable[[], None],
+        on_contest: Callable[[User], None] = lambda user: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._store = store
         self._on_change = on_change
         self._on_arrival = on_arrival
+        self._on_contest = on_contest
         self._remembered: defaultdict[User, dict[tuple[bytes, bytes], LogPosition]] = defaultdict(dict)
         for key, position in cursors.items():
             self._remembered[key.user][key.directory, key.log] = position
@@ -151,6 +165,7 @@ class Intake:
         touched: dict[int, Directory] = {}
         mailbox_logs: set[User] = set()
         dirty: set[User] = set()
+        locked: set[int] = set()
         for event in events:
             if event.mask & watch.Q_OVERFLOW:
                 log.warning("inotify lost events (fs.inotify.max_queued_events): comparing all users")
@@ -171,6 +186,9 @@ class Intake:
                     dirty.add(user)
             elif event.name == logreader.INDEX_LOG:
                 touched[event.wd] = directory
+            elif event.name == _SYNC_LOCK:
+                directory.syncing = bool(event.mask & _CAME)
+                locked.add(event.wd)
             elif event.name in _MAILBOX_LOGS and not directory.path:
                 mailbox_logs.add(user)
         news: defaultdict[User, set[ChangeKind]] = defaultdict(set)
@@ -180,12 +198,15 @@ class Intake:
         for directory in touched.values():
             user = directory.tree.account.user
             if user not in dirty and user not in self._unscanned:
-                news[user] |= self._read_touched(directory)
+                kinds = self._read_touched(directory)
+                if kinds and (directory.syncing or directory.wd in locked):
+                    self._on_contest(user)
+                news[user] |= kinds
         for user in mailbox_logs - dirty - self._unscanned:
             news[user] |= self._read_mailbox_log(self.trees[user])
-        for user, kinds in news.items():
-            if kinds:
-                self._on_change(user, frozenset(kinds))
+        for user, changes in news.items():
+            if changes:
+                self._on_change(user, frozenset(changes))
 
     def _on_ancestor(self, event: Event, dirty: set[User]) -> None:
         ancestor = self._ancestors[event.wd]
@@ -196,9 +217,7 @@ class Intake:
         elif event.mask & _CAME and event.mask & watch.ISDIR:
             came = os.path.join(ancestor.path, os.fsdecode(event.name))
             expected = {
-                user
-                for user in ancestor.users
-                if user in self.trees and f"{self.trees[user].account.index_root}/".startswith(f"{came}/")
+                user for user in ancestor.users if user in self.trees and self.trees[user].needs(came)
             }
             dirty |= expected
             ancestor.users -= expected
@@ -208,8 +227,10 @@ class Intake:
     def _holds_mailboxes(self, parent: Directory, name: bytes) -> bool:
         account = parent.tree.account
         # An INBOX outside of the root has nothing below it.
-        return not parent.path.startswith(b"/") and layout.descend(
-            account.driver, account.layout, _join(parent.path, name)
+        return (
+            not parent.path.startswith(b"/")
+            and parent.path.count(b"/") < _DEEPEST
+            and layout.descend(account.driver, account.layout, _join(parent.path, name))
         )
 
     # Scans ---------------------------------------------------------------------------------------
@@ -219,6 +240,20 @@ class Intake:
         self._scanned_at = time.monotonic()
         self._unscanned.update(self.trees)
         self._scan_wanted.set()
+
+    def _scan_later(self, user: User) -> None:
+        if not self._unscanned:
+            self._scanned_at = time.monotonic()
+        self._unscanned.add(user)
+        self._scan_wanted.set()
+
+    def catch_up(self, user: User) -> None:
+        """Reads what has happened to ``user`` up to now. To be called before a sync of his looks at it: what
+        comes later is seen as news then, even if his first scan was still to come."""
+        self.watch.drain()
+        if user in self._unscanned:
+            self._unscanned.discard(user)
+            self._scan_and_tell(self.trees[user])
 
     @property
     def catching_up(self) -> int:
@@ -233,9 +268,7 @@ class Intake:
                 for user in list(self._unscanned)[:_SCANS_AT_ONCE]:
                     self._unscanned.discard(user)
                     if user in self.trees:
-                        kinds = self._scan(self.trees[user])
-                        if kinds:
-                            self._on_change(user, kinds)
+                        self._scan_and_tell(self.trees[user])
                 self._scanned_at = time.monotonic()
                 await asyncio.sleep(0)
 
@@ -243,30 +276,39 @@ class Intake:
     def work(self) -> Work:
         return Work("intake", self._scanned_at if self._unscanned else None, 60.0)
 
+    def _scan_and_tell(self, tree: Tree) -> None:
+        user, was_down = tree.account.user, bool(tree.remembered)
+        kinds = self._scan(tree)
+        if kinds and was_down:
+            # Nobody saw whether a dsync was at work on what changed while the daemon was down.
+            self._on_contest(user)
+        if kinds:
+            self._on_change(user, kinds)
+
     def _scan(self, tree: Tree) -> frozenset[ChangeKind]:
         """Arms and looks at every directory of a user, and compares every log with its position."""
+        account = tree.account
         found: dict[bytes, Directory] = {}
         kinds: set[ChangeKind] = set()
         try:
-            with logreader.open_directory(tree.account.index_root) as fd:
-                kinds |= self._visit(tree, b"", fd, found)
+            with logreader.open_directory(account.index_root) as fd:
+                self._visit(tree, b"", fd, found, kinds)
                 kinds |= self._news_of_mailbox_log(tree, fd)
-            if tree.account.inbox:
-                inbox = os.fsencode(tree.account.inbox)
-                with logreader.open_directory(tree.account.index_root, inbox) as fd:
-                    kinds |= self._visit(tree, inbox, fd, found)
         except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                log.warning(
-                    "%s: %s can't be opened: %s; a link is not followed, see dovecot.index_root",
-                    tree.account.user,
-                    tree.account.index_root,
-                    error.strerror,
-                )
-            self._await_root(tree, isinstance(error, FileNotFoundError))
-        for path, directory in list(tree.directories.items()):
-            if found.get(path) is not directory:
-                self._drop(directory, forget=path not in found)
+            self._await(tree, account.index_root, error)
+        if account.inbox:
+            inbox = os.fsencode(account.inbox)
+            try:
+                with logreader.open_directory(account.index_root, inbox) as fd:
+                    self._visit(tree, inbox, fd, found, kinds)
+            except OSError as error:
+                self._await(tree, account.inbox, error)
+        # One that was renamed while this went on may have been found under both names.
+        found = {directory.path: directory for directory in found.values()}
+        kept = set(found.values())
+        for directory in tree.directories.values():
+            if directory not in kept:
+                self._drop(directory, forget=directory.path not in found)
         tree.directories = found
         for path, name in tree.remembered:
             if path not in found:
@@ -276,10 +318,13 @@ class Intake:
         was_new, tree.new = tree.new, False
         return frozenset() if was_new else frozenset(kinds)
 
-    def _visit(self, tree: Tree, path: bytes, fd: int, found: dict[bytes, Directory]) -> set[ChangeKind]:
-        directory = self._arm(tree, path, fd)
+    def _visit(
+        self, tree: Tree, path: bytes, fd: int, found: dict[bytes, Directory], kinds: set[ChangeKind]
+    ) -> None:
+        """Adds to ``found`` and ``kinds`` at once: no later error may take back what moved a position."""
+        directory = self._arm(tree, path, fd, found)
         found[path] = directory
-        kinds = set(self._read_index_log(directory, fd))
+        kinds |= self._read_index_log(directory, fd)
         with os.scandir(fd) as entries:
             names = [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
         for name in names:
@@ -287,13 +332,12 @@ class Intake:
                 continue
             try:
                 with logreader.open_below(fd, name) as below:
-                    kinds |= self._visit(tree, _join(path, name), below, found)
+                    self._visit(tree, _join(path, name), below, found, kinds)
             except OSError as error:
                 # Gone since it was listed; its parent's event brings the next scan.
                 log.debug("%s: %r: %s", tree.account.user, name, error.strerror)
-        return kinds
 
-    def _arm(self, tree: Tree, path: bytes, fd: int) -> Directory:
+    def _arm(self, tree: Tree, path: bytes, fd: int, found: Mapping[bytes, Directory]) -> Directory:
         """The directory behind ``fd``, watched. If it was watched under another name, it was renamed and
         keeps its position: its log holds no news for that."""
         try:
@@ -306,7 +350,8 @@ class Intake:
         if directory is None or directory.tree is not tree:
             directory = self._directories[wd] = self._adopted(Directory(tree, path, wd), fd)
         elif directory.path != path:
-            self._forget(directory)
+            if found.get(directory.path, directory) is directory:
+                self._forget(directory)
             directory.path = path
             self._remember(directory)
         return directory
@@ -338,17 +383,23 @@ class Intake:
         if forget:
             self._forget(directory)
 
-    def _await_root(self, tree: Tree, missing_now: bool) -> None:
-        """Watches the nearest directory in which the index root will show up."""
-        path = tree.account.index_root
+    def _await(self, tree: Tree, path: str, error: OSError) -> None:
+        """Watches the nearest directory in which ``path`` will show up, which could not be opened."""
+        missing_now = isinstance(error, FileNotFoundError)
+        if not missing_now:
+            log.warning(
+                "%s: %s can't be opened: %s; a link is not followed, see dovecot.index_root",
+                tree.account.user,
+                path,
+                error.strerror,
+            )
         while path != "/":
             missing, path = path, os.path.dirname(path)
             ancestor = self._watch_arrivals(path)
             if ancestor is not None:
                 ancestor.users.add(tree.account.user)
                 if missing_now and os.path.isdir(missing):
-                    self._unscanned.add(tree.account.user)
-                    self._scan_wanted.set()
+                    self._scan_later(tree.account.user)
                 return
 
     # Logs ----------------------------------------------------------------------------------------

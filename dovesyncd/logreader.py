@@ -100,6 +100,8 @@ def read_index_log(directory_fd: int, position: Optional[LogPosition]) -> Option
             return None
         if isinstance(header, translog.Unreadable):
             return _unreadable(status, position, header.why)
+        if status.st_size < header.size:
+            return None
         if (
             position is not None
             and (position.inode, position.indexid, position.file_seq)

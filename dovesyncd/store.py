@@ -64,6 +64,9 @@ MIGRATIONS = (
         last_outcome TEXT,
         last_error TEXT NOT NULL,
         state TEXT NOT NULL,
+        base_state TEXT NOT NULL,
+        contested_since REAL,
+        confirm_at REAL,
         PRIMARY KEY (user, peer)
     ) WITHOUT ROWID;
     """,
@@ -71,7 +74,7 @@ MIGRATIONS = (
 
 _SAVE_CURSOR = "INSERT OR REPLACE INTO cursor VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _DROP_CURSOR = "DELETE FROM cursor WHERE user = ? AND directory = ? AND log = ?"
-_SAVE_JOB = "INSERT OR REPLACE INTO job VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_SAVE_JOB = "INSERT OR REPLACE INTO job VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _DROP_JOB = "DELETE FROM job WHERE user = ? AND peer = ?"
 
 
@@ -129,17 +132,24 @@ class Store:
         except sqlite3.OperationalError as error:
             raise StoreError(self.path, str(error)) from error
         except sqlite3.DatabaseError as error:
-            aside = f"{self.path}.unreadable-{int(time.time())}"
+            return self._begin_anew(error)
+
+    def _begin_anew(self, why: Exception) -> sqlite3.Connection:
+        """Sets the file aside, which nobody has open any more."""
+        aside = f"{self.path}.unreadable-{int(time.time())}"
+        try:
             for suffix in ("", "-wal", "-shm"):
                 if os.path.exists(self.path + suffix):
                     os.replace(self.path + suffix, aside + suffix)
             log.error(
                 "The database can't be read (%s): kept as %s, and begun anew. "
                 "Every user gets a background pass; nothing else is lost.",
-                error,
+                why,
                 aside,
             )
             return self._connect()
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(self.path, str(error)) from error
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
@@ -163,13 +173,19 @@ class Store:
     def load(self) -> Contents:
         """Everything that is on disk. For the start, before anything is put."""
         try:
+            rows = self._db.execute("SELECT * FROM cursor").fetchall()
             cursors = {
-                CursorKey(User(os.fsdecode(row[0])), row[1], row[2]): LogPosition(*row[3:])
-                for row in self._db.execute("SELECT * FROM cursor")
+                CursorKey(User(os.fsdecode(row[0])), row[1], row[2]): LogPosition(row[3] % 2**64, *row[4:])
+                for row in rows
             }
-            jobs = {job.key: job for job in map(_job, self._db.execute("SELECT * FROM job"))}
-        except (sqlite3.Error, ValueError, KeyError) as error:
+            rows = self._db.execute("SELECT * FROM job").fetchall()
+            jobs = {job.key: job for job in map(_job, rows)}
+        except sqlite3.OperationalError as error:
             raise StoreError(self.path, str(error), "move the file away to begin anew") from error
+        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._db.close()
+            self._db = self._begin_anew(error)
+            return Contents({}, {})
         return Contents(cursors, jobs)
 
     def put_cursor(self, key: CursorKey, position: Optional[LogPosition]) -> None:
@@ -228,7 +244,7 @@ class Store:
             db.executemany(
                 _SAVE_CURSOR,
                 (
-                    (os.fsencode(key.user), key.directory, key.log, *position)
+                    (os.fsencode(key.user), key.directory, key.log, _signed(position.inode), *position[1:])
                     for key, position in cursors.items()
                     if position is not None
                 ),
@@ -246,10 +262,9 @@ class Store:
                 _DROP_JOB, ((os.fsencode(key.user), key.peer) for key, job in jobs.items() if job is None)
             )
             db.execute("COMMIT")
-        except sqlite3.Error:
+        finally:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            raise
 
     async def close(self) -> None:
         """Writes what is left, once, and closes. Raises StoreError if something could not be written."""
@@ -263,6 +278,11 @@ class Store:
         os.close(self._lock_fd)
         if self.unwritten:
             raise StoreError(self.path, f"{self.unwritten} rows could not be written", "see above")
+
+
+def _signed(inode: int) -> int:
+    """Some file systems use all 64 bits of an inode number; SQLite's integers have a sign."""
+    return inode - 2**64 if inode >= 2**63 else inode
 
 
 def _row(job: Job) -> tuple[object, ...]:
@@ -284,13 +304,16 @@ def _row(job: Job) -> tuple[object, ...]:
         # Dovecot's words may hold hostile names: SQLite takes no surrogates.
         job.last_error.encode("utf-8", "backslashreplace").decode(),
         job.state,
+        job.base_state,
+        job.contested_since,
+        job.confirm_at,
     )
 
 
 def _job(row: tuple[Any, ...]) -> Job:
     """The reverse of ``_row``. Raises ValueError or KeyError for words that no version wrote."""
     user, peer, priority, reasons, first_change, due, attempts, repeats, wants_full, *history = row
-    last_start, last_success, last_pass, next_pass, outcome, error, state = history
+    last_start, last_success, last_pass, next_pass, outcome, error, state, *contest = history
     return Job(
         JobKey(User(os.fsdecode(user)), PeerName(peer)),
         priority=Priority(priority),
@@ -307,4 +330,7 @@ def _job(row: tuple[Any, ...]) -> Job:
         last_outcome=None if outcome is None else OutcomeClass(outcome),
         last_error=error,
         state=state,
+        base_state=contest[0],
+        contested_since=contest[1],
+        confirm_at=contest[2],
     )

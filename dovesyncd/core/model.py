@@ -37,6 +37,7 @@ class ChangeKind(enum.Enum):
     LOG_GAP = "log gap"
     NEW_USER = "new user"
     BACKGROUND = "background pass"
+    CONFIRMATION = "confirmation"
 
     @property
     def priority(self) -> Priority:
@@ -135,6 +136,10 @@ class Job:
     ``due`` when the sync may start. ``attempts`` counts the failures in a row, ``repeats`` the outcomes
     ``changed`` in a row. ``last_pass`` is the end of the last good sync that compared everything,
     ``next_pass`` when the next such sync is due even if nothing changes.
+
+    ``state`` is what the last good sync left for the next stateful one. ``contested_since`` is set while
+    users have changed what a dsync was at work on, ``confirm_at`` is then when the mailboxes concerned are
+    to be compared mail by mail, and ``base_state`` is the state from before that began.
     """
 
     key: JobKey
@@ -152,10 +157,18 @@ class Job:
     last_outcome: Optional[OutcomeClass] = None
     last_error: str = ""
     state: str = ""
+    base_state: str = ""
+    contested_since: Optional[float] = None
+    confirm_at: Optional[float] = None
 
     @property
     def pending(self) -> bool:
         return self.first_change is not None
+
+    @property
+    def next_duty(self) -> float:
+        """When something is to be done even if nothing changes."""
+        return self.next_pass if self.confirm_at is None else min(self.next_pass, self.confirm_at)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import zlib
 from dataclasses import replace
 from typing import NamedTuple
 
-from dovesyncd.core import debounce
+from dovesyncd.core import debounce, dsync_state
 from dovesyncd.core.model import ChangeKind, Job, JobKey, Outcome, OutcomeClass, SyncKind
 
 # Mailboxes that change under a sync's hands are synced again at once, so often.
@@ -14,6 +14,10 @@ MAX_REPEATS = 3
 # The failure in a row from which on dsync is told to look at every mail: some conflicts are healed by
 # nothing less (a renamed folder with an emptied twin, Dovecot 2.4.1).
 FULL_FROM_ATTEMPT = 2
+
+# Seconds without contest before a contested user's mailboxes are confirmed, and the longest delay of it.
+CONFIRM_AFTER = 2.0
+CONFIRM_WITHIN = 30.0
 
 
 class Curve(NamedTuple):
@@ -55,9 +59,16 @@ def kind_of(job: Job) -> SyncKind:
     """How the next sync of ``job`` has to compare: with the state, without it, or everything."""
     if job.wants_full or job.attempts >= FULL_FROM_ATTEMPT:
         return SyncKind.FULL
+    if ChangeKind.CONFIRMATION in job.reasons:
+        return SyncKind.STATEFUL
     if not job.state or ChangeKind.NEW_USER in job.reasons or ChangeKind.BACKGROUND in job.reasons:
         return SyncKind.STATELESS
     return SyncKind.STATEFUL
+
+
+def may_be_guids(job: Job) -> bool:
+    """Whether syncs of the user end with CHANGED so persistently that a mailbox may have two GUIDs."""
+    return job.last_outcome is OutcomeClass.CHANGED and (job.repeats > 1 or job.attempts > 0)
 
 
 def after(
@@ -65,6 +76,12 @@ def after(
 ) -> Job:
     """The job after a sync that was started for ``done`` ended. ``job`` holds what arrived meanwhile."""
     job = replace(job, last_outcome=outcome.kind, last_error=outcome.text, wants_full=False)
+    if job.pending or outcome.kind not in (OutcomeClass.OK, OutcomeClass.BUSY, *PEER_OUTCOMES):
+        job = contested(job, now)
+    elif outcome.kind is OutcomeClass.OK and (
+        ChangeKind.CONFIRMATION in done.reasons or kind is SyncKind.FULL
+    ):
+        job = replace(job, contested_since=None, confirm_at=None, base_state="")
     if outcome.kind is OutcomeClass.OK:
         job = replace(job, attempts=0, repeats=0, last_success=now, state=outcome.state)
         if kind is SyncKind.STATEFUL:
@@ -72,7 +89,7 @@ def after(
         return replace(job, last_pass=now, next_pass=next_pass(job.key, now, pass_interval))
     job = debounce.join(job, done)
     if outcome.kind is OutcomeClass.CHANGED and job.repeats < MAX_REPEATS:
-        return replace(job, repeats=job.repeats + 1, due=now, state="", wants_full=outcome.wants_full)
+        return replace(job, repeats=job.repeats + 1, due=now, wants_full=outcome.wants_full)
     curve = RETRY[outcome.kind]
     if outcome.kind is OutcomeClass.BUSY or outcome.kind in PEER_OUTCOMES:
         return replace(job, due=now + curve.delay(1, jitter))
@@ -81,6 +98,32 @@ def after(
     wants_full = outcome.wants_full and kind is not SyncKind.STATEFUL
     due = now if outcome.wants_full and attempts == 1 else now + curve.delay(attempts, jitter)
     return replace(job, attempts=attempts, repeats=0, due=due, state="", wants_full=wants_full)
+
+
+def contested(job: Job, now: float) -> Job:
+    """The job after a user changed a mailbox that a dsync was at work on.
+
+    dsync can lose such a change or mix it up with others, and say that all is well: what gets a modseq
+    below the one that is then taken for common to both sides is not looked at again (dsync-mailbox-import.c,
+    dsync_mailbox_import_deinit()), and a mail that it gives a new UID keeps the flags of the moment before.
+    No later sync finds that, even a stateless one, where the modseqs happen to be equal. So once such a
+    contest is over, the mailboxes that had any part in it are compared mail by mail.
+    """
+    since = now if job.contested_since is None else job.contested_since
+    confirm_at = min(now + CONFIRM_AFTER, since + CONFIRM_WITHIN)
+    base_state = job.state if job.contested_since is None else job.base_state
+    return replace(job, contested_since=since, confirm_at=confirm_at, base_state=base_state)
+
+
+def confirmation_due(job: Job, now: float) -> bool:
+    return job.confirm_at is not None and job.confirm_at <= now
+
+
+def state_for(job: Job) -> str:
+    """What a stateful sync for ``job`` is given."""
+    if ChangeKind.CONFIRMATION in job.reasons:
+        return dsync_state.common(job.base_state, job.state)
+    return job.state
 
 
 def next_pass(key: JobKey, now: float, interval: float) -> float:

@@ -25,8 +25,8 @@ class Start(NamedTuple):
     key: JobKey
 
 
-class Pass(NamedTuple):
-    """Nothing is pending for ``key``, but its background pass is due."""
+class Duty(NamedTuple):
+    """Nothing is pending for ``key``, but its background pass or its confirmation is due."""
 
     key: JobKey
 
@@ -37,7 +37,7 @@ class SleepUntil(NamedTuple):
     time: Optional[float]
 
 
-Action = Union[Start, Pass, SleepUntil]
+Action = Union[Start, Duty, SleepUntil]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Schedule:
             return
         self.jobs[job.key] = job
         token = self._token[job.key] = next(self._tokens)
-        heapq.heappush(self._waiting, (job.due if job.pending else job.next_pass, token, job.key))
+        heapq.heappush(self._waiting, (job.due if job.pending else job.next_duty, token, job.key))
 
     def remove(self, key: JobKey) -> None:
         self.jobs.pop(key, None)
@@ -95,7 +95,7 @@ class Schedule:
             if current:
                 job = self.jobs[key]
                 if not job.pending:
-                    return Pass(key)
+                    return Duty(key)
                 heapq.heappush(self.peers[key.peer].ready, (rank(job), token, key))
         times = [self._waiting[0][0]] if self._waiting else []
         for peer in self.peers.values():

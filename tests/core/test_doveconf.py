@@ -95,9 +95,7 @@ def test_quoted_values_and_nested_blocks() -> None:
     assert mine.sections[0].values == {"auto": "subscribe", "driver": ""}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "hello", "}\n}\n"]
-)
+@pytest.mark.parametrize("text", ["", "hello", "}\n}\n"])
 def test_output_of_something_else(text: str) -> None:
     with pytest.raises(DovecotError):
         settings_from(text)

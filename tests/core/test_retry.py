@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dovesyncd.core import debounce, retry
+from dovesyncd.core import debounce, dsync_state, retry
 from dovesyncd.core.model import (
     ChangeKind,
     Job,
@@ -21,6 +21,9 @@ from dovesyncd.core.model import (
 
 KEY = JobKey(User("u@example.org"), PeerName("b"))
 DAY = 86400.0
+S1, S2, S3 = (
+    dsync_state.render({b"A" * 16: b"A" * 43 + bytes([n]), b"B" * 16: b"B" * 44}) for n in (1, 2, 3)
+)
 STATEFUL, STATELESS, FULL = SyncKind.STATEFUL, SyncKind.STATELESS, SyncKind.FULL
 PENDING = debounce.merge(
     Job(KEY, state="old", next_pass=5000.0), {ChangeKind.FLAGS}, 100, Timings(0, 0, 0), idle=True
@@ -68,9 +71,62 @@ def test_a_comparison_of_everything_is_a_pass(kind: SyncKind) -> None:
     assert 200 + DAY / 2 <= job.next_pass < 200 + DAY * 3 / 2
 
 
+def arriving(job: Job) -> Job:
+    """With a change that came while the sync ran."""
+    return debounce.merge(debounce.clear(job), {ChangeKind.NEW_MAIL}, 150, Timings(1, 1, 1), idle=False)
+
+
+def test_a_change_under_a_sync_is_confirmed_from_the_state_before() -> None:
+    """However many contested syncs there were, and as soon as it has been quiet for a while."""
+    job = Job(KEY, state=S1)
+    for state in (S2, S3):
+        job = after(OutcomeClass.OK, job=arriving(job), state=state)
+    assert (job.base_state, job.state) == (S1, S3)
+    assert (job.contested_since, job.confirm_at) == (200, 200 + retry.CONFIRM_AFTER)
+    assert not retry.confirmation_due(job, job.confirm_at - 0.1)
+    assert retry.confirmation_due(job, job.confirm_at)
+    confirming = replace(job, reasons=(ChangeKind.CONFIRMATION,))
+    assert retry.kind_of(confirming) is STATEFUL
+    assert retry.state_for(confirming) == dsync_state.common(S1, S3)
+    assert retry.state_for(job) == S3
+    done = retry.after(
+        debounce.clear(job), confirming, STATEFUL, Outcome(OutcomeClass.OK, "", S3), 300.0, 0.0, DAY
+    )
+    assert (done.contested_since, done.confirm_at, done.base_state) == (None, None, "")
+
+
+@pytest.mark.parametrize("outcome", [OutcomeClass.BUSY, OutcomeClass.PEER_DOWN, OutcomeClass.OTHER])
+def test_a_confirmation_that_failed_is_still_due(outcome: OutcomeClass) -> None:
+    confirming = replace(retry.contested(PENDING, 100), reasons=(ChangeKind.CONFIRMATION,))
+    job = retry.after(
+        debounce.clear(confirming), confirming, STATEFUL, Outcome(outcome, "text"), 200.0, 0.0, DAY
+    )
+    assert ChangeKind.CONFIRMATION in job.reasons
+    assert job.base_state == "old"
+    assert job.confirm_at is not None
+
+
+def test_a_failed_sync_is_a_contest() -> None:
+    job = after(OutcomeClass.OTHER)
+    assert (job.state, job.base_state, job.contested_since) == ("", "old", 200)
+
+
+def test_a_contest_that_does_not_end_is_confirmed_all_the_same() -> None:
+    job, now = PENDING, 100.0
+    while now < 200:
+        job = retry.contested(job, now)
+        now += 1
+    assert job.confirm_at == 100 + retry.CONFIRM_WITHIN
+
+
+def test_without_an_older_state_everything_is_compared() -> None:
+    job = after(OutcomeClass.OK, STATELESS, job=arriving(Job(KEY)), state=S1)
+    confirming = replace(job, reasons=(ChangeKind.CONFIRMATION,))
+    assert retry.state_for(confirming) == dsync_state.EMPTY
+
+
 def test_what_arrived_meanwhile_stays_pending() -> None:
-    arrived = debounce.merge(STARTED, {ChangeKind.NEW_MAIL}, 150, Timings(1, 1, 1), idle=False)
-    job = after(OutcomeClass.OK, job=arrived, state="new")
+    job = after(OutcomeClass.OK, job=arriving(STARTED), state="new")
     assert (job.pending, job.first_change, job.due, job.reasons) == (
         True,
         150,
@@ -91,7 +147,8 @@ def test_any_other_outcome_keeps_the_change_pending(outcome: OutcomeClass) -> No
 @pytest.mark.parametrize(
     "outcome",
     sorted(
-        set(OutcomeClass) - {OutcomeClass.OK, OutcomeClass.BUSY} - retry.PEER_OUTCOMES, key=lambda o: o.value
+        set(OutcomeClass) - {OutcomeClass.OK, OutcomeClass.BUSY, OutcomeClass.CHANGED} - retry.PEER_OUTCOMES,
+        key=lambda o: o.value,
     ),
 )
 def test_failures_drop_the_state(outcome: OutcomeClass) -> None:
@@ -110,6 +167,25 @@ def test_changed_is_repeated_at_once_three_times() -> None:
         job = after(OutcomeClass.CHANGED, job=debounce.clear(job))
         dues.append((job.due, job.repeats, job.attempts))
     assert dues == [(200, 1, 0), (200, 2, 0), (200, 3, 0), (201, 0, 1)]
+
+
+def test_changed_is_repeated_from_the_same_state() -> None:
+    job = after(OutcomeClass.CHANGED)
+    assert (job.state, retry.kind_of(job)) == ("old", STATEFUL)
+
+
+@pytest.mark.parametrize(
+    ("job", "suspect"),
+    [
+        (Job(KEY), False),
+        (Job(KEY, last_outcome=OutcomeClass.CHANGED, repeats=1), False),
+        (Job(KEY, last_outcome=OutcomeClass.CHANGED, repeats=2), True),
+        (Job(KEY, last_outcome=OutcomeClass.CHANGED, attempts=1), True),
+        (Job(KEY, last_outcome=OutcomeClass.OTHER, attempts=1), False),
+    ],
+)
+def test_persistent_change_may_be_two_guids(job: Job, suspect: bool) -> None:
+    assert retry.may_be_guids(job) is suspect
 
 
 def test_the_ladder() -> None:

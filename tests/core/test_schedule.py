@@ -8,7 +8,7 @@ import random
 import pytest
 
 from dovesyncd.core.model import ChangeKind, Job, JobKey, PeerName, Priority, User
-from dovesyncd.core.schedule import PROBE_FIRST, PROBE_LAST, Action, Pass, Schedule, SleepUntil, Start
+from dovesyncd.core.schedule import PROBE_FIRST, PROBE_LAST, Action, Duty, Schedule, SleepUntil, Start
 
 B, C = PeerName("b"), PeerName("c")
 FAR = 10.0**9
@@ -59,7 +59,7 @@ def started(schedule: Schedule, now: float) -> list[JobKey]:
         ([job("u", due=5)], 4, SleepUntil(5)),
         ([job("u", due=9), job("v", due=7)], 4, SleepUntil(7)),
         ([idle("u", 50)], 4, SleepUntil(50)),
-        ([idle("u", 50)], 50, Pass(key("u"))),
+        ([idle("u", 50)], 50, Duty(key("u"))),
         ([idle("u", 50), job("v", due=9)], 4, SleepUntil(9)),
     ],
 )

@@ -1,4 +1,4 @@
-"""Nodes that are instances of this machine's own Dovecot 2.3 on 127.0.0.1."""
+"""Nodes that are instances of this machine's own Dovecot on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ _PORT_RANGE = (20000, 32000)
 
 
 class Instance(Node):
-    version = "2.3"
     address = "127.0.0.1"
 
     def __init__(self, name: str, run: RunDirectory, storage: MailStorage) -> None:
         super().__init__()
         self.name = name
+        # "2.3.19.1 (9b53102964)", "2.4.1-4 (7d8c0e5759)"
+        self.version = ".".join(self.run("dovecot", "--version").stdout.split(".")[:2])
         self.storage = storage
         self._run = run
         self._directory = run.path / name
@@ -86,7 +87,7 @@ class Instance(Node):
             f"listen = {self.address}\n"
             f"import_environment = TZ DOVECOT_HOSTDOMAIN={self.name}.test DOVECOT_HOSTNAME={self.name}\n"
         )
-        text = own + dovecot_conf.render("2.3", paths, self.ports, self.storage, str(_OWNER))
+        text = own + dovecot_conf.render(self.version, paths, self.ports, self.storage, str(_OWNER))
         self.dovecot_config.write_text(text)
         self._dovecot = subprocess.Popen(
             ["dovecot", "-F", "-c", str(self.dovecot_config)], env=self._environment, start_new_session=True,

@@ -70,15 +70,15 @@ class Pair:
 def pair(version: str, storage: MailStorage = MailStorage()) -> Iterator[Pair]:  # noqa: B008
     """Two running nodes, a and b, removed with all they left in the end.
 
-    ``version`` "2.3": two instances on loopback of this machine's Dovecot; "2.4", "2.3-hosts": two
-    hosts with Dovecot 2.4.1 or 2.3.19.1 and systemd.
+    ``version`` "2.3": two instances on loopback of this machine's Dovecot, which has to be that; "loopback":
+    the same with whatever it is; "2.4", "2.3-hosts": two hosts with Dovecot 2.4.1 or 2.3.19.1 and systemd.
     """
     require_programs()
     with ExitStack() as stack:
         run = RunDirectory()
         stack.callback(run.close)
         nodes: list[Node] = []
-        if version == "2.3":
+        if version in ("2.3", "loopback"):
             for name in ("a", "b"):
                 instance = Instance(name, run, storage)
                 stack.callback(instance.close)
@@ -94,6 +94,8 @@ def pair(version: str, storage: MailStorage = MailStorage()) -> Iterator[Pair]: 
                 host.wait_booted()
             nodes.extend(hosts)
         a, b = nodes
+        if version == "2.3" and a.version != version:
+            raise RuntimeError(f"this machine's Dovecot is {a.version}, not 2.3")
         yield Pair(version, a, b)
 
 

@@ -1,0 +1,22 @@
+"""Waiting inside an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Callable
+
+
+async def until(condition: Callable[[], object], what: str, seconds: float = 10.0) -> None:
+    """Returns once ``condition`` holds. AssertionError, naming ``what``, after ``seconds``."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while not condition():
+        assert loop.time() < deadline, f"not within {seconds:g} s: {what}"
+        await asyncio.sleep(0.002)
+
+
+async def settled(condition: Callable[[], object], what: str, turns: int = 20) -> None:
+    """``condition`` holds now and in each of the next ``turns`` turns of the loop."""
+    for _ in range(turns):
+        assert condition(), what
+        await asyncio.sleep(0)
