@@ -16,6 +16,7 @@ from dovesyncd.core.dsync import sync_args
 from dovesyncd.core.guids import Identity
 from dovesyncd.core.health import Work
 from dovesyncd.core.model import (
+    CONTESTABLE,
     ChangeKind,
     Job,
     JobKey,
@@ -107,7 +108,7 @@ class Brain:
         for peer in self._peers:
             key = JobKey(user, peer)
             if key in self.jobs:
-                if user in self._covered:
+                if user in self._covered and kinds & CONTESTABLE:
                     self.jobs[key] = retry.contested(self.jobs[key], now)
                 self._merge(key, kinds, now)
         self._wake()
@@ -199,7 +200,7 @@ class Brain:
             # What arrived since and asks for a deeper look than this sync will take stays due.
             if retry.kind_of(job) is kind and retry.state_for(job) == state:
                 covered = job
-                self.jobs[key] = replace(debounce.clear(job), last_start=time.time())
+                self.jobs[key] = retry.begun(job, kind, time.time())
                 self.schedule.remove(key)
                 self._covered.add(key.user)
 
@@ -210,7 +211,7 @@ class Brain:
         try:
             reply = await self._doveadm.run(key.user, "sync", args, deadline=deadline, before_send=cover)
         except asyncio.CancelledError:
-            self._put(debounce.join(self.jobs[key], covered))
+            self._put(retry.undone(self.jobs[key], covered))
             raise
         result = outcome.classify(reply)
         if before and result.kind is OutcomeClass.CHANGED:

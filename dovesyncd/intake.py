@@ -18,7 +18,7 @@ from dovesyncd import logreader, watch
 from dovesyncd.core import classify, layout
 from dovesyncd.core.errors import WatchError
 from dovesyncd.core.health import Work
-from dovesyncd.core.model import ChangeKind, LogPosition, User
+from dovesyncd.core.model import CONTESTABLE, ChangeKind, LogPosition, User
 from dovesyncd.store import CursorKey, Store
 from dovesyncd.userdb import Account
 from dovesyncd.watch import Event, Watch
@@ -199,7 +199,7 @@ class Intake:
             user = directory.tree.account.user
             if user not in dirty and user not in self._unscanned:
                 kinds = self._read_touched(directory)
-                if kinds and (directory.syncing or directory.wd in locked):
+                if kinds & CONTESTABLE and (directory.syncing or directory.wd in locked):
                     self._on_contest(user)
                 news[user] |= kinds
         for user in mailbox_logs - dirty - self._unscanned:
@@ -279,7 +279,7 @@ class Intake:
     def _scan_and_tell(self, tree: Tree) -> None:
         user, was_down = tree.account.user, bool(tree.remembered)
         kinds = self._scan(tree)
-        if kinds and was_down:
+        if kinds & CONTESTABLE and was_down:
             # Nobody saw whether a dsync was at work on what changed while the daemon was down.
             self._on_contest(user)
         if kinds:

@@ -53,10 +53,12 @@ class Users:
                 log.warning("The users can be listed again")
             failing, pause = False, _RETRY_FIRST
             self._take(accounts)
+            # Not wait_for(): before Python 3.12 it loses a cancellation that comes together with the hint.
+            timer = asyncio.get_running_loop().call_later(self._refresh, self._hint.set)
             try:
-                await asyncio.wait_for(self._hint.wait(), self._refresh)
-            except asyncio.TimeoutError:
-                pass
+                await self._hint.wait()
+            finally:
+                timer.cancel()
             await asyncio.sleep(max(0.0, asked + _LEAST_GAP - time.monotonic()))
 
     def _take(self, accounts: Accounts) -> None:

@@ -44,6 +44,18 @@ class ChangeKind(enum.Enum):
         return _PRIORITY.get(self, Priority.LOW)
 
 
+# What can get lost in a mailbox while a dsync is at work on it. Changes of the tree can't, and dsync's
+# own are not told from a user's.
+CONTESTABLE = frozenset(
+    {
+        ChangeKind.NEW_MAIL,
+        ChangeKind.FLAGS,
+        ChangeKind.KEYWORDS,
+        ChangeKind.EXPUNGE,
+        ChangeKind.LOG_GAP,
+    }
+)
+
 _PRIORITY = {
     ChangeKind.NEW_MAIL: Priority.HIGH,
     # Their tombstones live in a log that rotates after 170 records: without a sync

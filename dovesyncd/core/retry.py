@@ -71,23 +71,41 @@ def may_be_guids(job: Job) -> bool:
     return job.last_outcome is OutcomeClass.CHANGED and (job.repeats > 1 or job.attempts > 0)
 
 
+def begun(job: Job, kind: SyncKind, now: float) -> Job:
+    """The job from the moment on that a sync of ``kind`` carries all that is pending."""
+    started = replace(debounce.clear(job), last_start=now)
+    if ChangeKind.CONFIRMATION in job.reasons or kind is SyncKind.FULL:
+        return replace(started, contested_since=None, confirm_at=None, base_state="")
+    return started
+
+
+def undone(job: Job, done: Job) -> Job:
+    """The job with what a sync for ``done`` did not achieve due again."""
+    job = debounce.join(job, done)
+    if done.contested_since is None:
+        return job
+    return replace(
+        job,
+        contested_since=done.contested_since,
+        confirm_at=max(filter(None, (job.confirm_at, done.confirm_at))),
+        base_state=done.base_state,
+    )
+
+
 def after(
     job: Job, done: Job, kind: SyncKind, outcome: Outcome, now: float, jitter: float, pass_interval: float
 ) -> Job:
     """The job after a sync that was started for ``done`` ended. ``job`` holds what arrived meanwhile."""
     job = replace(job, last_outcome=outcome.kind, last_error=outcome.text, wants_full=False)
-    if job.pending or outcome.kind not in (OutcomeClass.OK, OutcomeClass.BUSY, *PEER_OUTCOMES):
-        job = contested(job, now)
-    elif outcome.kind is OutcomeClass.OK and (
-        ChangeKind.CONFIRMATION in done.reasons or kind is SyncKind.FULL
-    ):
-        job = replace(job, contested_since=None, confirm_at=None, base_state="")
     if outcome.kind is OutcomeClass.OK:
         job = replace(job, attempts=0, repeats=0, last_success=now, state=outcome.state)
         if kind is SyncKind.STATEFUL:
             return job
         return replace(job, last_pass=now, next_pass=next_pass(job.key, now, pass_interval))
-    job = debounce.join(job, done)
+    job = undone(job, done)
+    if outcome.kind is not OutcomeClass.BUSY and outcome.kind not in PEER_OUTCOMES:
+        # It may have come halfway.
+        job = contested(job, now)
     if outcome.kind is OutcomeClass.CHANGED and job.repeats < MAX_REPEATS:
         return replace(job, repeats=job.repeats + 1, due=now, wants_full=outcome.wants_full)
     curve = RETRY[outcome.kind]

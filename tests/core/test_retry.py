@@ -80,7 +80,7 @@ def test_a_change_under_a_sync_is_confirmed_from_the_state_before() -> None:
     """However many contested syncs there were, and as soon as it has been quiet for a while."""
     job = Job(KEY, state=S1)
     for state in (S2, S3):
-        job = after(OutcomeClass.OK, job=arriving(job), state=state)
+        job = after(OutcomeClass.OK, job=retry.contested(arriving(job), 200), state=state)
     assert (job.base_state, job.state) == (S1, S3)
     assert (job.contested_since, job.confirm_at) == (200, 200 + retry.CONFIRM_AFTER)
     assert not retry.confirmation_due(job, job.confirm_at - 0.1)
@@ -89,18 +89,20 @@ def test_a_change_under_a_sync_is_confirmed_from_the_state_before() -> None:
     assert retry.kind_of(confirming) is STATEFUL
     assert retry.state_for(confirming) == dsync_state.common(S1, S3)
     assert retry.state_for(job) == S3
-    done = retry.after(
-        debounce.clear(job), confirming, STATEFUL, Outcome(OutcomeClass.OK, "", S3), 300.0, 0.0, DAY
-    )
+    begun = retry.begun(confirming, STATEFUL, 299)
+    good = Outcome(OutcomeClass.OK, "", S2)
+    done = retry.after(begun, confirming, STATEFUL, good, 300.0, 0.0, DAY)
     assert (done.contested_since, done.confirm_at, done.base_state) == (None, None, "")
+    # A contest during the confirmation is the next one.
+    done = retry.after(retry.contested(begun, 299.5), confirming, STATEFUL, good, 300.0, 0.0, DAY)
+    assert (done.contested_since, done.base_state, done.state) == (299.5, S3, S2)
 
 
 @pytest.mark.parametrize("outcome", [OutcomeClass.BUSY, OutcomeClass.PEER_DOWN, OutcomeClass.OTHER])
 def test_a_confirmation_that_failed_is_still_due(outcome: OutcomeClass) -> None:
     confirming = replace(retry.contested(PENDING, 100), reasons=(ChangeKind.CONFIRMATION,))
-    job = retry.after(
-        debounce.clear(confirming), confirming, STATEFUL, Outcome(outcome, "text"), 200.0, 0.0, DAY
-    )
+    begun = retry.begun(confirming, STATEFUL, 200)
+    job = retry.after(begun, confirming, STATEFUL, Outcome(outcome, "text"), 200.0, 0.0, DAY)
     assert ChangeKind.CONFIRMATION in job.reasons
     assert job.base_state == "old"
     assert job.confirm_at is not None
@@ -120,7 +122,7 @@ def test_a_contest_that_does_not_end_is_confirmed_all_the_same() -> None:
 
 
 def test_without_an_older_state_everything_is_compared() -> None:
-    job = after(OutcomeClass.OK, STATELESS, job=arriving(Job(KEY)), state=S1)
+    job = after(OutcomeClass.OK, STATELESS, job=retry.contested(arriving(Job(KEY)), 200), state=S1)
     confirming = replace(job, reasons=(ChangeKind.CONFIRMATION,))
     assert retry.state_for(confirming) == dsync_state.EMPTY
 

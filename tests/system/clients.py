@@ -53,6 +53,13 @@ class Imap(imaplib.IMAP4):
     def _create_socket(self, timeout: Optional[float]) -> socket.socket:
         return self._dial()
 
+    def __exit__(self, *error: object) -> None:
+        try:
+            super().__exit__(*error)
+        except imaplib.IMAP4.error:
+            # The server was gone already; imaplib leaves the socket open then.
+            self.shutdown()
+
     def setmetadata(self, mailbox: str, entry: str, value: Optional[str]) -> None:
         """``value`` None removes the entry."""
         text = "NIL" if value is None else quoted(value)
