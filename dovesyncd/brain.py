@@ -62,6 +62,8 @@ class Brain:
         self.users: set[User] = set()
         self.schedule = Schedule({peer.name: peer.workers for peer in config.peers})
         self._woken = asyncio.Event()
+        # The identities that mailboxes had around the syncs of users for whom dsync may exchange GUIDs.
+        self._seen: dict[User, set[tuple[str, Identity]]] = {}
         # Whose running sync has been told to look: a change from then on is not in it.
         self._covered: set[User] = set()
         self._syncs: set[asyncio.Task[None]] = set()
@@ -216,6 +218,8 @@ class Brain:
         result = outcome.classify(reply)
         if before and result.kind is OutcomeClass.CHANGED:
             await self._settle_guids(key.user, before)
+        else:
+            self._seen.pop(key.user, None)
         self._conclude(key, covered, kind, result, time.monotonic() - began)
 
     async def _identities(self, user: User) -> dict[str, Identity]:
@@ -224,16 +228,19 @@ class Brain:
 
     async def _settle_guids(self, user: User, before: Mapping[str, Identity]) -> None:
         """Ends dsync's endless exchange of a mailbox's two GUIDs."""
-        for mailbox, guid in guids.exchanged(before, await self._identities(user)).items():
-            args = ("--mailbox-guid", guid, "--", mailbox)
+        seen = self._seen.setdefault(user, set())
+        after = await self._identities(user)
+        for mailbox, identity in guids.exchanged(before, after, seen).items():
+            args = ("--mailbox-guid", identity.guid, "--uid-validity", identity.uidvalidity, "--", mailbox)
             reply = await self._doveadm.run(user, "mailbox update", args, deadline=self._soon())
             log.warning(
                 "%s: mailbox %s had another GUID on the peer, which dsync can't merge: set to %s%s",
                 user,
                 mailbox,
-                guid,
+                identity.guid,
                 "" if reply.exit_code == 0 else f", which failed: {outcome.classify(reply).text}",
             )
+        seen.update(before.items(), after.items())
 
     @staticmethod
     def _soon() -> float:

@@ -7,7 +7,7 @@ the two. On 2.3.19 each dsync gives either side the other's GUID, answers CHANGE
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 # What prints the identities, as arguments of doveadm.
@@ -32,15 +32,22 @@ def parse(output: Sequence[str]) -> dict[str, Identity]:
     return {line["name"]: Identity(line["uidvalidity"], line["guid"]) for line in lines if line}
 
 
-def exchanged(before: Mapping[str, Identity], after: Mapping[str, Identity]) -> dict[str, str]:
-    """The GUIDs to set, by mailbox, after a sync that ended with CHANGED.
+def exchanged(
+    before: Mapping[str, Identity],
+    after: Mapping[str, Identity],
+    seen: Collection[tuple[str, Identity]],
+) -> dict[str, Identity]:
+    """The identities to set, by mailbox, after a sync that ended with CHANGED.
 
-    Where only the GUID of a mailbox is another one after the sync, dsync has just taken over the peer's,
-    and given it ours: back to that, and both have the same. A mailbox that was made anew has another
-    UIDVALIDITY and is let alone: its old GUID may be in the peer's list of deleted ones.
+    Where the GUID of a mailbox is another one after the sync, dsync may have taken over the peer's, and
+    given it ours: back to that, and both have the same. A mailbox that was deleted and made anew must be let
+    alone, for its old GUID may be in the peer's list of deleted ones. That one has a new UIDVALIDITY too, and
+    never comes back to an identity that was ``seen`` before this sync, as an exchanged one does.
     """
     return {
-        name: before[name].guid
+        name: before[name]
         for name, now in after.items()
-        if name in before and before[name].uidvalidity == now.uidvalidity and before[name].guid != now.guid
+        if name in before
+        and before[name].guid != now.guid
+        and (before[name].uidvalidity == now.uidvalidity or (name, now) in seen)
     }

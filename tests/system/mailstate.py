@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import imaplib
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -67,7 +68,11 @@ def wait_until_equal(a: Node, b: Node, users: Iterable[str], timeout: float = 10
     deadline = time.monotonic() + timeout
     for user in users:
         while True:
-            found = diff(snapshot(a, user), snapshot(b, user))
+            try:
+                found = diff(snapshot(a, user), snapshot(b, user))
+            except imaplib.IMAP4.error as error:
+                # A mailbox went away under the session that looked at it.
+                found = str(error)
             if not found:
                 break
             assert time.monotonic() < deadline, f"{user} differs after {timeout:g} s:\n{found}"
