@@ -212,14 +212,14 @@ class Brain:
         deadline = asyncio.get_running_loop().time() + options.deadline
         try:
             reply = await self._doveadm.run(key.user, "sync", args, deadline=deadline, before_send=cover)
+            result = outcome.classify(reply)
+            if before and result.kind is OutcomeClass.CHANGED:
+                await self._settle_guids(key.user, before)
+            else:
+                self._seen.pop(key.user, None)
         except asyncio.CancelledError:
             self._put(retry.undone(self.jobs[key], covered))
             raise
-        result = outcome.classify(reply)
-        if before and result.kind is OutcomeClass.CHANGED:
-            await self._settle_guids(key.user, before)
-        else:
-            self._seen.pop(key.user, None)
         self._conclude(key, covered, kind, result, time.monotonic() - began)
 
     async def _identities(self, user: User) -> dict[str, Identity]:

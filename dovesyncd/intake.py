@@ -88,7 +88,7 @@ class Ancestor:
 class Intake:
     """``on_change(user, kinds)`` is called in the same callback that puts the positions into the store.
     ``on_contest(user)`` comes before it if the change was made while dsync was at work on the same mailbox.
-    ``on_arrival()`` is called when a directory appeared where users live and no known one expects it."""
+    ``on_arrival()`` is called when a directory appeared in which unknown users may live."""
 
     def __init__(
         self,
@@ -128,11 +128,15 @@ class Intake:
             if user not in self.trees:
                 self.trees[user] = Tree(account, self._remembered.pop(user, {}), user in new)
                 self._unscanned.add(user)
+        armed = len(self._ancestors)
         for home in {os.path.dirname(account.home) for account in wanted.values()}:
             self._watch_arrivals(home)
             # /var/vmail/DOMAIN/USER: a new domain is a new directory one level up.
             if os.path.dirname(home).count("/") > 1:
                 self._watch_arrivals(os.path.dirname(home))
+        if len(self._ancestors) > armed:
+            # Who came between Dovecot's list and these watches was seen by neither.
+            self._on_arrival()
         self._scan_wanted.set()
 
     def _leave(self, tree: Tree) -> None:
@@ -221,7 +225,9 @@ class Intake:
             }
             dirty |= expected
             ancestor.users -= expected
-            if not expected:
+            homes = (self.trees[user].account.home for user in expected)
+            if not any(f"{came}/".startswith(f"{home}/") for home in homes):
+                # No known user's own: others may live there, or below it.
                 self._on_arrival()
 
     def _holds_mailboxes(self, parent: Directory, name: bytes) -> bool:

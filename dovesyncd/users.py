@@ -29,13 +29,14 @@ class Users:
         self._hint = asyncio.Event()
         self._reported: frozenset[str] = frozenset()
         self._known = 0
+        self._empty = False
 
     def hint(self) -> None:
         """Someone may be new."""
         self._hint.set()
 
     async def run(self) -> None:
-        pause = _RETRY_FIRST
+        pause = again = _RETRY_FIRST
         failing = False
         while True:
             asked = time.monotonic()
@@ -52,22 +53,31 @@ class Users:
             if failing:
                 log.warning("The users can be listed again")
             failing, pause = False, _RETRY_FIRST
-            self._take(accounts)
+            if self._take(accounts):
+                # It may be on its way to be right: a user who is just being made, for one.
+                rest = again = min(again * 2, self._refresh)
+            else:
+                rest, again = self._refresh, _RETRY_FIRST
             # Not wait_for(): before Python 3.12 it loses a cancellation that comes together with the hint.
-            timer = asyncio.get_running_loop().call_later(self._refresh, self._hint.set)
+            timer = asyncio.get_running_loop().call_later(rest, self._hint.set)
             try:
                 await self._hint.wait()
             finally:
                 timer.cancel()
             await asyncio.sleep(max(0.0, asked + _LEAST_GAP - time.monotonic()))
 
-    def _take(self, accounts: Accounts) -> None:
+    def _take(self, accounts: Accounts) -> bool:
+        """Whether something was wrong with the list."""
         for problem in accounts.problems:
             if problem not in self._reported:
                 log.warning("%s", problem)
         self._reported = frozenset(accounts.problems)
         if not accounts.accounts and self._known:
-            log.error("Dovecot lists no users where there were %d: keeping those", self._known)
-            return
+            if not self._empty:
+                log.error("Dovecot lists no users where there were %d: keeping those", self._known)
+            self._empty = True
+            return True
+        self._empty = False
         self._known = len(accounts.accounts)
         self._tell(accounts)
+        return bool(accounts.problems)

@@ -38,8 +38,8 @@ RETRY = {
     # that died over one user looks like a peer that is down.
     OutcomeClass.PEER_DOWN: Curve(3, 60),
     OutcomeClass.AUTH: Curve(3, 60),
-    OutcomeClass.NOUSER_LOCAL: Curve(60, 3600),
-    OutcomeClass.NOUSER_REMOTE: Curve(60, 3600),
+    OutcomeClass.NOUSER_LOCAL: Curve(5, 3600),
+    OutcomeClass.NOUSER_REMOTE: Curve(5, 3600),
     OutcomeClass.QUOTA: Curve(60, 3600),
     OutcomeClass.CONFIG: Curve(60, 600),
     OutcomeClass.TIMEOUT: Curve(5, 900),

@@ -456,15 +456,32 @@ async def test_the_home_of_a_stranger_is_an_arrival(state: Path, tmp_path: Path)
     Box(Path(account.index_root)).create()
     async with scene(state) as it:
         await it.follow(account)
+        # Somebody may have come before the watches were there.
+        assert it.arrivals == 1
+        await it.follow(account)
         (tmp_path / "vmail" / "file").touch()
         await it.news()
-        assert it.arrivals == 0
+        assert it.arrivals == 1
         (tmp_path / "vmail" / "bob").mkdir()
         await it.news()
-        assert it.arrivals == 1
+        assert it.arrivals == 2
         (tmp_path / "other-domain").mkdir()
         await it.news()
-        assert it.arrivals == 2
+        assert it.arrivals == 3
+
+
+async def test_a_domain_that_comes_with_a_known_user_may_hold_others(state: Path, tmp_path: Path) -> None:
+    account = maildir(tmp_path)
+    home = Path(account.home)
+    async with scene(state) as it:
+        await it.follow(account)
+        before = it.arrivals
+        home.parent.mkdir(exist_ok=True)
+        await it.news()
+        assert it.arrivals == before + 1
+        home.mkdir()
+        await it.news()
+        assert it.arrivals == before + 1
 
 
 async def test_a_link_in_place_of_the_root(

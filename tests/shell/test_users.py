@@ -51,7 +51,8 @@ async def scene(*answers: Union[Accounts, Exception], refresh: float = 3600) -> 
         yield it
     finally:
         it.task.cancel()
-        await asyncio.gather(it.task, return_exceptions=True)
+        done, _ = await asyncio.wait({it.task}, timeout=5)
+        assert done, "it ends when it is cancelled"
 
 
 @pytest.fixture(autouse=True)
@@ -123,8 +124,23 @@ async def test_a_problem_is_said_until_it_is_gone(caplog: pytest.LogCaptureFixtu
     assert caplog.text.count("left out user 'x'") == 2
 
 
+async def test_a_hint_does_not_swallow_the_end() -> None:
+    async with scene(accounts("ann")) as it:
+        await until(lambda: it.told, "the first answer")
+        await settled(lambda: it.asked == 1, "it waits")
+        it.users.hint()
+        # The cancellation of the end comes in the same turn.
+
+
 async def test_another_error_ends_it() -> None:
     async with scene(ValueError("a bug")) as it:
         await until(it.task.done, "the end")
         with pytest.raises(ValueError, match="a bug"):
             it.task.result()
+
+
+async def test_a_user_who_is_not_quite_there_is_asked_for_again_soon() -> None:
+    half = accounts("ann", problems=("left out user 'bob': the user doesn't exist",))
+    async with scene(half, half, accounts("ann", "bob")) as it:
+        await until(lambda: it.told[-1:] == [["ann", "bob"]], "bob, long before the refresh")
+        await settled(lambda: it.asked == 3, "then only at the refresh")

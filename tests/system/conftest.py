@@ -48,3 +48,14 @@ def hosts(request: pytest.FixtureRequest) -> Iterator[Pair]:
     yield from _clean(
         request.getfixturevalue({"2.3-hosts": "pair_23_hosts", "2.4": "pair_24"}[request.param])
     )
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test that fails shows what the daemons logged."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    nodes = getattr(item, "funcargs", {}).get("pair")
+    if report.when == "call" and report.failed and isinstance(nodes, Pair):
+        for node in nodes:
+            report.sections.append((f"dovesyncd on {node.name}", "\n".join(node.daemon_log()[-150:])))
