@@ -86,6 +86,7 @@ _TEXTS = (
         r"Client sent unknown command",
         r"doveadm client isn't allowed to use command",
         r"No namespaces found for syncing",
+        r"Namespace not found",
         r"Both source and destination mail_\w+",
         r"Mail locations must use the same hierarchy separator",
         r"Synced namespaces have conflicting",
@@ -100,7 +101,6 @@ _CODES = {
     0: OutcomeClass.OK,
     2: OutcomeClass.CHANGED,
     64: OutcomeClass.CONFIG,
-    68: OutcomeClass.CONFIG,
     73: OutcomeClass.QUOTA,
     78: OutcomeClass.CONFIG,
 }

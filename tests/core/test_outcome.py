@@ -96,6 +96,8 @@ ROWS = [
     Row("quota, no words", OutcomeClass.QUOTA, 73, (), text="doveadm ended with exit code 73"),
     Row("usage", OutcomeClass.CONFIG, 64, ("doveadm: doveadm: Unexpected or incomplete option: -U",)),
     Row("namespace not found", OutcomeClass.CONFIG, 68, ("Namespace not found: 'x'",)),
+    # A mailbox that a user deleted meanwhile (MAIL_ERROR_NOTFOUND).
+    Row("not found", OutcomeClass.OTHER, 68, (), text="doveadm ended with exit code 68"),
     Row("config", OutcomeClass.CONFIG, 78, ("Failed to initialize user: x",)),
     Row("unknown command", OutcomeClass.CONFIG, -1, ("doveadm: doveadm: Client sent unknown command: sync",)),
     Row("no ssh on this machine", OutcomeClass.CONFIG, 75,
