@@ -47,7 +47,6 @@ touch /etc/machine-id
 apt-get clean
 rm -rf /var/lib/apt/lists/*
 """
-_DEFAULT_MIRROR = ""
 
 
 def cache_directory() -> Path:
@@ -68,7 +67,7 @@ def root_path(suite: str) -> Path:
 
 
 def mirror() -> str:
-    """The URI of the first Debian archive that this machine's apt uses."""
+    """The URI of the first Debian archive that this machine's apt uses. RuntimeError if there is none."""
     for file in (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")):
         if file.exists():
             found = re.search(
@@ -76,7 +75,7 @@ def mirror() -> str:
             )
             if found:
                 return found.group(1)
-    return _DEFAULT_MIRROR
+    raise RuntimeError("apt's sources name no Debian archive to build a test host from")
 
 
 def ensure_root(suite: str) -> Path:
