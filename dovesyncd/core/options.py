@@ -7,7 +7,6 @@ Durations are seconds (float) in a ``Config``.
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import json
 import re
 import textwrap
@@ -16,12 +15,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
 
 from dovesyncd.core.errors import Problem
+from dovesyncd.core.kinds import (
+    CHAR,
+    SWITCH,
+    Kind,
+    array,
+    choice,
+    destination,
+    integer,
+    span,
+    text,
+)
 from dovesyncd.core.model import PeerName, User
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
-
-# A C0 or C1 control character could break out of its field in a protocol or a log.
-_CHAR = r"[^\x00-\x1f\x7f-\x9f]"
 
 
 @dataclass(frozen=True)
@@ -79,191 +86,6 @@ class Config:
     daemon: DaemonConfig
 
 
-class Fault(NamedTuple):
-    """What is wrong inside a value; ``suffix`` leads to the place, such as "[2]"."""
-
-    suffix: str
-    value: object
-    expected: str
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(element) for element in value)}]"
-    # JSON's strings, integers and booleans are TOML's, but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What values an option takes. ``convert`` turns an accepted TOML value into that of ``Config``, and
-    ``toml`` writes it back. ``unit`` is that of a bare number. An array checks each element as ``item``."""
-
-    expected: str
-    accepts: Callable[[object], bool]
-    convert: Callable[[Any], Any] = lambda value: value
-    toml: Callable[[Any], str] = _toml
-    unit: str = ""
-    item: Optional[Kind] = None
-
-    def faults(self, value: object) -> Iterator[Fault]:
-        if not self.accepts(value):
-            yield Fault("", value, self.expected)
-        elif self.item is not None and isinstance(value, list):
-            for index, element in enumerate(value):
-                for fault in self.item.faults(element):
-                    yield fault._replace(suffix=f"[{index}]{fault.suffix}")
-
-
-_SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
-
-
-def _integer(minimum: int, maximum: int) -> Kind:
-    return Kind(
-        f"an integer from {minimum} to {maximum}",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum,
-    )
-
-
-def _text(pattern: str, expected: str) -> Kind:
-    return Kind(expected, lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None)
-
-
-def _choice(*words: str) -> Kind:
-    return Kind("one of " + ", ".join(map(_toml, words)), lambda value: value in words)
-
-
-def _array(item: Kind, at_least: int = 0) -> Kind:
-    expected = f"an array{' that is not empty' if at_least else ''}, each element {item.expected}"
-    return Kind(
-        expected, lambda value: isinstance(value, list) and len(value) >= at_least, convert=tuple, item=item
-    )
-
-
-def _span(minimum: float, maximum: float, whole: bool = False) -> Kind:
-    """``whole``: Dovecot takes it in seconds only."""
-
-    def accepts(value: object) -> bool:
-        seconds = read_span(value)
-        return seconds is not None and minimum <= seconds <= maximum and not (whole and seconds % 1)
-
-    what = "whole seconds, as a time span" if whole else "a time span"
-    return Kind(
-        f'{what} from {format_span(minimum)} to {format_span(maximum)}, such as "1min 30s"',
-        accepts,
-        convert=read_span,
-        toml=lambda seconds: _toml(format_span(seconds)),
-        unit="s",
-    )
-
-
-# Microseconds of each unit of systemd.time(7), without months and years; the first spelling is written.
-_UNITS = (
-    (("w", "week", "weeks"), 604_800_000_000),
-    (("d", "day", "days"), 86_400_000_000),
-    (("h", "hr", "hour", "hours"), 3_600_000_000),
-    (("min", "m", "minute", "minutes"), 60_000_000),
-    (("s", "sec", "second", "seconds"), 1_000_000),
-    (("ms", "msec"), 1_000),
-    # With the micro sign and the Greek letter.
-    (("us", "usec", "\u00b5s", "\u03bcs"), 1),
-)
-_FACTOR = {spelling: factor for spellings, factor in _UNITS for spelling in spellings}
-_TERM = re.compile(r" *([0-9]{1,12}(?:\.[0-9]{1,9})?|\.[0-9]{1,9}) *([a-z\u00b5\u03bc]*) *")
-
-
-def read_span(value: object) -> Optional[float]:
-    """A systemd time span ("1h 30min") or a bare number of seconds, in seconds; None when it is neither.
-
-    Kept to whole microseconds, so that what ``format_span`` writes reads back as the same float.
-    """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return round(value * 1_000_000) / 1_000_000 if 0 <= value < 1e12 else None
-    if not isinstance(value, str):
-        return None
-    microseconds, position, terms = 0, 0, 0
-    while position < len(value):
-        term = _TERM.match(value, position)
-        if term is None:
-            return None
-        number, unit = term.groups()
-        position, terms = term.end(), terms + 1
-        if not unit and terms == 1 and position == len(value):
-            unit = "s"
-        if unit not in _FACTOR:
-            return None
-        microseconds += round(float(number) * _FACTOR[unit])
-    return microseconds / 1_000_000 if terms else None
-
-
-def format_span(seconds: float) -> str:
-    """Seconds as a systemd time span, "1h 30min", with days as the largest unit."""
-    rest = round(seconds * 1_000_000)
-    terms = []
-    for spellings, factor in _UNITS[1:]:
-        count, rest = divmod(rest, factor)
-        if count:
-            terms.append(f"{count}{spellings[0]}")
-    return " ".join(terms) or "0s"
-
-
-def _destination() -> Kind:
-    return Kind(
-        '"tcp:HOST[:PORT]", "tcps:HOST[:PORT]", "remote:[LOGIN@]HOST", "remoteprefix:[LOGIN@]HOST", '
-        'or a command: an array of words, or a string with a "/" or a space',
-        lambda value: _is_destination(_words(value)),
-        convert=_words,
-        toml=lambda words: _toml(words[0] if len(words) == 1 else words),
-    )
-
-
-# What doveadm takes for a location and not for a command (doveadm-dsync.c, mirror_get_remote_cmd()).
-_LOCATION = re.compile(r"([A-Za-z0-9]+):(.*)")
-
-
-def _words(value: object) -> tuple[str, ...]:
-    """A destination as doveadm's arguments, () when it can't be one. Dovecot splits a lone word at spaces."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        return ()
-    if len(value) == 1 and not _LOCATION.match(value[0]):
-        value = [word for word in value[0].split(" ") if word]
-    return tuple(value)
-
-
-def _is_destination(words: tuple[str, ...]) -> bool:
-    if not words or not all(re.fullmatch(f"{_CHAR}+", word) for word in words) or words[0].startswith("-"):
-        return False
-    location = _LOCATION.fullmatch(words[0])
-    if location is None:
-        # Dovecot takes a lone word without "/" for a host to reach by ssh: more likely a forgotten "tcp:".
-        return len(words) > 1 or "/" in words[0]
-    scheme, rest = location.groups()
-    if len(words) > 1 or " " in rest:
-        return False
-    if scheme in ("remote", "remoteprefix"):
-        # ssh would take such a login or host for one of its options.
-        return all(part and not part.startswith("-") for part in rest.rsplit("@", 1))
-    return scheme in ("tcp", "tcps") and _is_address(rest)
-
-
-def _is_address(text: str) -> bool:
-    """HOST, HOST:PORT, or the path of a socket (2.4). What follows the last ":" is the port to Dovecot."""
-    if "/" in text:
-        return text.startswith("/")
-    host, colon, port = text.rpartition(":") if ":" in text else (text, "", "")
-    if colon and not (re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
-        return False
-    if ":" not in host:
-        return host != "" and not host.startswith("-")
-    try:
-        ipaddress.IPv6Address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
-    except ValueError:
-        return False
-    return True
-
-
 @dataclass(frozen=True)
 class Option:
     """One row of the schema. ``default`` is written as in TOML; None: the option is required."""
@@ -280,44 +102,44 @@ class Option:
         return self.kind.unit
 
 
-_NAME = _text(
+_NAME = text(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}",
     "a name of 1 to 63 letters, digits, dots, dashes and underscores that begins with a letter or a digit",
 )
-_PATH_OR_EMPTY = _text(f"(/{_CHAR}*)?", 'an absolute path, or ""')
-_PROGRAM = _text(f"/{_CHAR}+|(?![-/])[^/\\x00-\\x1f\\x7f-\\x9f]+", "a program's name or absolute path")
-_INDEX_ROOT = _text(
-    f"((/|~/|%h|%{{home){_CHAR}*)?", 'an absolute path that may hold Dovecot\'s variables (%d, %n, %h), or ""'
+_PATH_OR_EMPTY = text(f"(/{CHAR}*)?", 'an absolute path, or ""')
+_PROGRAM = text(f"/{CHAR}+|(?![-/])[^/\\x00-\\x1f\\x7f-\\x9f]+", "a program's name or absolute path")
+_INDEX_ROOT = text(
+    f"((/|~/|%h|%{{home){CHAR}*)?", 'an absolute path that may hold Dovecot\'s variables (%d, %n, %h), or ""'
 )
-_MASK = _text(f"{_CHAR}+", "a user name, in which * and ? match any text and any character")
-_USER = _text(f"(?!-)(?:(?![*?]){_CHAR})+", "the name of one user, without * and ?")
-_NAMESPACE = _text(f"{_CHAR}*", "a namespace as doveadm sync -n knows it")
-_MAILBOX = _text(f"{_CHAR}+", "a mailbox name, in which * and % match, or a special use such as \\Trash")
+_MASK = text(f"{CHAR}+", "a user name, in which * and ? match any text and any character")
+_USER = text(f"(?!-)(?:(?![*?]){CHAR})+", "the name of one user, without * and ?")
+_NAMESPACE = text(f"{CHAR}*", "a namespace as doveadm sync -n knows it")
+_MAILBOX = text(f"{CHAR}+", "a mailbox name, in which * and % match, or a special use such as \\Trash")
 
 OPTIONS: tuple[Option, ...] = (
-    Option("sync", "settle", _span(0, MINUTE), "100ms",
+    Option("sync", "settle", span(0, MINUTE), "100ms",
            "How long a user's changes are collected after new mail was synced, so that a burst is one sync; "
            "the first new mail of an idle user goes at once."),
-    Option("sync", "settle_low", _span(0, MINUTE), "300ms",
+    Option("sync", "settle_low", span(0, MINUTE), "300ms",
            "How long changes that can wait (flags, keywords, expunges, subscriptions) are collected."),
-    Option("sync", "longest_wait", _span(0, HOUR), "2s",
+    Option("sync", "longest_wait", span(0, HOUR), "2s",
            "The longest that a change waits for others to follow it."),
-    Option("sync", "pass_interval", _span(MINUTE, 365 * DAY), "1d",
+    Option("sync", "pass_interval", span(MINUTE, 365 * DAY), "1d",
            "Each user is compared with each peer once in this time, whatever the logs and the states say."),
-    Option("sync", "lock_timeout", _span(1, HOUR, whole=True), "30s",
+    Option("sync", "lock_timeout", span(1, HOUR, whole=True), "30s",
            "How long a sync waits for another one of the same user (doveadm sync -l)."),
-    Option("sync", "stall_timeout", _span(1, HOUR, whole=True), "1min",
+    Option("sync", "stall_timeout", span(1, HOUR, whole=True), "1min",
            "A sync whose peer sends nothing for so long gives up (doveadm sync -T)."),
-    Option("sync", "deadline", _span(1, 7 * DAY), "1h",
+    Option("sync", "deadline", span(1, 7 * DAY), "1h",
            "A sync that takes longer is ended and tried again later; it must leave time for the first sync "
            "of the largest user."),
-    Option("users", "include", _array(_MASK, at_least=1), ["*"],
+    Option("users", "include", array(_MASK, at_least=1), ["*"],
            "Only users that match one of these are replicated."),
-    Option("users", "exclude", _array(_MASK), [],
+    Option("users", "exclude", array(_MASK), [],
            "Users that match one of these are not replicated, even if they are included."),
-    Option("users", "list", _array(_USER), [],
+    Option("users", "list", array(_USER), [],
            "The users, where Dovecot's userdb can't list them; when empty, userdb is asked."),
-    Option("users", "refresh", _span(1, DAY), "5min",
+    Option("users", "refresh", span(1, DAY), "5min",
            "How often userdb is asked for new and removed users."),
     Option("dovecot", "config", _PATH_OR_EMPTY, "",
            "The path of dovecot.conf, where it is not Dovecot's default (doveadm -c)."),
@@ -330,20 +152,20 @@ OPTIONS: tuple[Option, ...] = (
            '"/var/vmail/%d/%n/Maildir"; when empty, Dovecot is asked.'),
     Option("daemon", "state_directory", _PATH_OR_EMPTY, "",
            "Where the queue is kept; when empty, $STATE_DIRECTORY as set by systemd, or /var/lib/dovesyncd."),
-    Option("daemon", "log_level", _choice("debug", "info", "warning", "error"), "info",
+    Option("daemon", "log_level", choice("debug", "info", "warning", "error"), "info",
            "The least important messages that are logged."),
     Option("peer", "name", _NAME, None,
            "What this peer is called in the queue, in logs and in metrics; a new name is a new peer."),
-    Option("peer", "destination", _destination(), None,
+    Option("peer", "destination", destination(), None,
            'Where doveadm sync connects to: "tcp:HOST:PORT", "tcps:HOST:PORT", "remote:[LOGIN@]HOST", '
            '"remoteprefix:[LOGIN@]HOST", or a command as an array of its words.'),
-    Option("peer", "workers", _integer(1, 100), 10,
+    Option("peer", "workers", integer(1, 100), 10,
            "How many users are synced with this peer at the same time."),
-    Option("peer", "namespaces", _array(_NAMESPACE), [],
+    Option("peer", "namespaces", array(_NAMESPACE), [],
            "Only these namespaces are synced (doveadm sync -n); when empty, Dovecot chooses."),
-    Option("peer", "all_namespaces", _SWITCH, False,
+    Option("peer", "all_namespaces", SWITCH, False,
            "Sync all namespaces (doveadm sync -N); with shared or public ones this can duplicate mails."),
-    Option("peer", "exclude_mailboxes", _array(_MAILBOX), [],
+    Option("peer", "exclude_mailboxes", array(_MAILBOX), [],
            "Mailboxes that are not synced (doveadm sync -x)."),
 )  # fmt: skip
 

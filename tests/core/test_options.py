@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovesyncd.core import options
+from dovesyncd.core.kinds import format_span, read_span
 from dovesyncd.core.model import PeerName
-from dovesyncd.core.options import OPTIONS, SECTIONS, Parsed, PeerConfig, format_span, parse, read_span
+from dovesyncd.core.options import OPTIONS, SECTIONS, Parsed, PeerConfig, parse
 
 PEER = {"name": "b", "destination": "tcp:b.example.com:12345"}
 NUL, ESC, DEL, C1 = "\x00", "\x1b", "\x7f", "\x9b"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dovesyncd import config
 from dovesyncd.core.errors import ConfigError
-from dovesyncd.core.options import format_span, parse, read_span, render
+from dovesyncd.core.kinds import format_span, read_span
+from dovesyncd.core.options import parse, render
 
 PEER = '[[peer]]\nname = "b"\ndestination = "tcp:b"\n'
 
