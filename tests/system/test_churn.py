@@ -18,6 +18,7 @@ from tests.system.syncs import syncs, wait_first_passes
 USERS = 10
 SECONDS = float(os.environ.get("CHURN_SECONDS", "30"))
 RUNS = int(os.environ.get("CHURN_RUNS", "1"))
+DEBUG = '[daemon]\nlog_level = "debug"\n'
 # Within so many seconds of the end both nodes are equal.
 EQUAL_WITHIN = 10.0
 
@@ -34,9 +35,9 @@ def _existing_users(pair: Pair) -> list[str]:
         pair.a.deliver(user, message("first"))
         with pair.a.imap(user) as imap:
             ok(imap.create("Start"))
-    pair.a.start_daemon(pair.peer_table(pair.a))
+    pair.a.start_daemon(DEBUG + pair.peer_table(pair.a))
     wait_until_equal(pair.a, pair.b, users, timeout=30)
-    pair.b.start_daemon(pair.peer_table(pair.b))
+    pair.b.start_daemon(DEBUG + pair.peer_table(pair.b))
     wait_first_passes(pair, users)
     return users
 
@@ -47,8 +48,10 @@ def _check(pair: Pair, users: list[str], seed: int, churn: Churn) -> None:
     try:
         wait_until_equal(pair.a, pair.b, users, timeout=EQUAL_WITHIN)
     except AssertionError as error:
-        story = [f"{node.name}: {line}" for node in pair for line in node.daemon_log()[-60:]]
-        raise AssertionError("\n".join([f"SEED={seed}", str(error), *story])) from None
+        user = str(error).partition(" ")[0]
+        story = [f"{node.name}: {line}" for node in pair for line in node.daemon_log() if user in line]
+        print("\n".join([f"SEED={seed} failed", str(error), *story]))
+        raise
     outcomes = Counter((sync.kind, sync.outcome) for node in pair for sync in syncs(node))
     print(f"equal after {time.monotonic() - began:.1f} s; syncs {dict(outcomes)}")
     assert sum(churn.done.values()) > 5 * SECONDS, "that was no work"
@@ -69,7 +72,7 @@ def test_equal_when_the_users_are_born_on_both_nodes(pair: Pair, run: int) -> No
         pytest.skip("2.3.19 can't merge mailboxes that were born on both nodes")
     seed = _seed(run)
     users = pair.fresh_users(USERS)
-    pair.start_daemons()
+    pair.start_daemons(DEBUG)
     churn = Churn(pair, users, seed, common_names=True)
     churn.run(SECONDS)
     _check(pair, users, seed, churn)
@@ -86,5 +89,5 @@ def test_equal_though_the_daemons_are_killed(pair: Pair, run: int) -> None:
         node = rng.choice([pair.a, pair.b])
         node.kill_daemon()
         churn.run(0.5)
-        node.start_daemon(pair.peer_table(node))
+        node.start_daemon(DEBUG + pair.peer_table(node))
     _check(pair, users, seed, churn)
