@@ -22,7 +22,6 @@ from dovesyncd.core.model import (
     JobKey,
     Outcome,
     OutcomeClass,
-    PeerName,
     SyncKind,
     Timings,
     User,
@@ -64,12 +63,13 @@ class Brain:
         self._woken = asyncio.Event()
         # The identities that mailboxes had around the syncs of users for whom dsync may exchange GUIDs.
         self._seen: dict[User, set[tuple[str, Identity]]] = {}
-        # Whose running sync has been told to look: a change from then on is not in it.
-        self._covered: set[User] = set()
+        # The jobs of users whose running sync has been told to look: a change from then on is not in it.
+        self._covered: dict[User, Job] = {}
         self._syncs: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._broken: Optional[BaseException] = None
         self._woken_at = time.monotonic()
+        self._latest = time.time()
 
     # What is to be done ---------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ class Brain:
             for peer in self._peers:
                 key = JobKey(user, peer)
                 if key in self.jobs:
-                    self.schedule.put(self.jobs[key])
+                    self._put_plausible(self.jobs[key], now)
                 else:
                     self.jobs[key] = Job(key)
                     self._merge(key, {ChangeKind.NEW_USER}, now)
@@ -123,9 +123,19 @@ class Brain:
 
     def _put(self, job: Job) -> None:
         self.jobs[job.key] = job
-        self._store.put_job(job)
+        covered = self._covered.get(job.key.user)
+        # On disk, what a running sync carries is pending until it has succeeded.
+        carried = covered is not None and covered.key == job.key
+        self._store.put_job(retry.undone(job, covered) if covered is not None and carried else job)
         if job.key.user in self.users:
             self.schedule.put(job)
+
+    def _put_plausible(self, job: Job, now: float) -> None:
+        plausible = retry.plausible(job, now, self._config.sync.pass_interval)
+        if plausible == job:
+            self.schedule.put(job)
+        else:
+            self._put(plausible)
 
     # Doing it ------------------------------------------------------------------------------------
 
@@ -134,7 +144,7 @@ class Brain:
             if self._broken is not None:
                 raise self._broken
             self._woken_at = time.monotonic()
-            now = time.time()
+            now = self._now()
             action = self.schedule.next_action(now)
             if isinstance(action, Start):
                 self._start(action.key)
@@ -142,6 +152,16 @@ class Brain:
                 self._put(replace(self._with_duty(self.jobs[action.key], now), due=now))
             else:
                 await self._sleep(action, now)
+
+    def _now(self) -> float:
+        """The time. If the clock was set back, no job keeps a time from before that."""
+        now = time.time()
+        if now < self._latest - 1:
+            log.warning("The clock was set back by %.0f s", self._latest - now)
+            for key in [key for key in self.jobs if key.user in self.users]:
+                self._put_plausible(self.jobs[key], now)
+        self._latest = now
+        return now
 
     def _with_duty(self, job: Job, now: float) -> Job:
         kind = ChangeKind.CONFIRMATION if retry.confirmation_due(job, now) else ChangeKind.BACKGROUND
@@ -166,7 +186,7 @@ class Brain:
         self._woken.set()
 
     def _start(self, key: JobKey) -> None:
-        self.schedule.started(key)
+        self.schedule.started(key, time.time())
         task = asyncio.get_running_loop().create_task(self._sync(key), name=f"sync {key.user!a}")
         self._syncs.add(task)
         task.add_done_callback(self._ended)
@@ -204,7 +224,7 @@ class Brain:
                 covered = job
                 self.jobs[key] = retry.begun(job, kind, time.time())
                 self.schedule.remove(key)
-                self._covered.add(key.user)
+                self._covered[key.user] = job
 
         stuck = retry.may_be_guids(self.jobs[key])
         before = await self._identities(key.user) if stuck else {}
@@ -218,6 +238,7 @@ class Brain:
             else:
                 self._seen.pop(key.user, None)
         except asyncio.CancelledError:
+            self._covered.pop(key.user, None)
             self._put(retry.undone(self.jobs[key], covered))
             raise
         self._conclude(key, covered, kind, result, time.monotonic() - began)
@@ -250,16 +271,17 @@ class Brain:
         # Whatever happened while the sync ran must be known before its state is trusted.
         self._drain(key.user)
         now = time.time()
-        self._note_peer(key.peer, result, now)
+        self._note_peer(key, result, now)
         job = retry.after(
             self.jobs[key], covered, kind, result, now, random.random(), self._config.sync.pass_interval
         )
-        self._covered.discard(key.user)
+        self._covered.pop(key.user, None)
         self.schedule.ended(key)
         self._put(job)
         self._log(covered, kind, result, seconds, job)
 
-    def _note_peer(self, name: PeerName, result: Outcome, now: float) -> None:
+    def _note_peer(self, key: JobKey, result: Outcome, now: float) -> None:
+        name = key.peer
         state = self.schedule.peers[name]
         if result.kind in retry.PEER_ANSWERED:
             down_since = self.schedule.peer_answered(name)
@@ -269,7 +291,7 @@ class Brain:
                 )
             return
         failed = result.kind in retry.PEER_OUTCOMES or state.down_since is not None
-        if failed and self.schedule.peer_failed(name, now):
+        if failed and self.schedule.peer_failed(name, key, now):
             log.error(
                 "peer %s can't be used, its users wait: %s", name, result.text, extra={"DOVESYNC_PEER": name}
             )

@@ -9,12 +9,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Optional
 
 from dovesyncd import __version__, journal, userdb
 from dovesyncd.brain import Brain
-from dovesyncd.config import load
+from dovesyncd.config import DEFAULT_PATH, load
 from dovesyncd.core import health
 from dovesyncd.core.errors import ConfigError, DovesyncError
 from dovesyncd.core.model import User
@@ -28,7 +28,6 @@ from dovesyncd.users import Users
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "/etc/dovesyncd/dovesyncd.toml"
 # Seconds that running syncs get at a stop.
 STOP_GRACE = 20.0
 
@@ -42,6 +41,7 @@ class Daemon:
         self._notify = Notify()
         self._stop = asyncio.Event()
         self._broken: Optional[BaseException] = None
+        self._process_limit = 0
         self._doveadm = Doveadm(dovecot.socket, dovecot.doveadm, dovecot.config)
         self._store = Store(config.daemon.state_directory)
         contents = self._store.load()
@@ -60,6 +60,15 @@ class Daemon:
         dovecot, users = self._config.dovecot, self._config.users
         settings = await userdb.settings(dovecot.doveconf, dovecot.config or None)
         self._doveadm.socket_path = dovecot.socket or settings.doveadm_socket
+        workers = sum(peer.workers for peer in self._config.peers)
+        if workers > settings.process_limit != self._process_limit:
+            log.warning(
+                "%d workers, but Dovecot runs at most %d doveadm processes: raise process_limit of its "
+                "service doveadm, or lower peer.workers",
+                workers,
+                settings.process_limit,
+            )
+        self._process_limit = settings.process_limit
         return await userdb.accounts(
             self._doveadm,
             settings,
@@ -85,7 +94,7 @@ class Daemon:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: restart the service to reload")
         tasks = [
-            loop.create_task(work, name=name)
+            loop.create_task(self._guarded(work), name=name)
             for name, work in (
                 ("users", self._users.run()),
                 ("intake", self._intake.run()),
@@ -107,9 +116,19 @@ class Daemon:
         if self._broken is not None:
             raise DovesyncError("a callback failed") from self._broken
 
+    async def _guarded(self, work: Coroutine[Any, Any, object]) -> None:
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            self._store.abandon()
+            raise
+
     def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A callback that failed left its work half done: better to start again from what is on disk."""
         if isinstance(context.get("exception"), Exception):
+            self._store.abandon()
             self._broken = context["exception"]
             self._stop.set()
         else:
@@ -139,10 +158,25 @@ class Daemon:
 
     def _report(self) -> None:
         brain = self._brain
-        pending = sum(1 for key, job in brain.jobs.items() if job.pending and key.user in brain.users)
+        # Of users who are listed and peers that are configured.
+        jobs = [
+            job
+            for key, job in brain.jobs.items()
+            if key.user in brain.users and key.peer in brain.schedule.peers
+        ]
+        pending = sum(job.pending for job in jobs)
+        failing = len({job.key.user for job in jobs if job.attempts})
         parts = [f"{len(brain.users)} users", f"{pending} pending", f"{len(brain.schedule.running)} running"]
+        if failing:
+            parts.append(f"{failing} users failing")
         if self._intake.catching_up:
             parts.append(f"catching up with {self._intake.catching_up}")
+        if self._intake.unwatched:
+            parts.append(f"{len(self._intake.unwatched)} users can't be watched")
+        if self._users.failing:
+            parts.append("Dovecot's users can't be listed")
+        if self._store.failing_since is not None:
+            parts.append("the database can't be written")
         parts += [f"peer {name} is down" for name, peer in brain.schedule.peers.items() if peer.down_since]
         self._notify.status(", ".join(parts))
 
@@ -179,7 +213,7 @@ async def _serve(config: Config) -> None:
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("dovesyncd", description="Replicates Dovecot's mailboxes to its peers.")
-    parser.add_argument("--config", default=CONFIG_FILE, metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--config", default=DEFAULT_PATH, metavar="FILE", help="default: %(default)s")
     parser.add_argument(
         "--check-config", action="store_true", help="say what is wrong with the configuration, and exit"
     )

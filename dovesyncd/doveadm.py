@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -40,6 +41,9 @@ _PRIVATE_ENVIRONMENT = (
     "LISTEN_PID",
     "LISTEN_FDNAMES",
 )
+
+
+log = logging.getLogger(__name__)
 
 
 class Doveadm:
@@ -77,7 +81,13 @@ class Doveadm:
         line = request_line("", user, command, args)
         if len(line) > REQUEST_LIMIT:
             line = request_line("", user, command, without_state(args))
+        before = self.socket_problem
         reply = await self._run_over_socket(line, deadline, before_send)
+        if self.socket_problem != before:
+            if self.socket_problem:
+                log.warning("%s; running %s instead", self.socket_problem, self.program)
+            else:
+                log.warning("%s can be used again", self.socket_path)
         if reply is None:
             reply = await self.run_program(user, command, args, deadline=deadline, before_send=before_send)
         return reply

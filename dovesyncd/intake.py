@@ -7,6 +7,7 @@ whatever is unclear ends in a scan of the user, which compares every log with it
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import time
@@ -32,8 +33,10 @@ _SYNC_LOCK = b".dovecot-box-sync.lock"
 _MAILBOX_LOGS = frozenset({logreader.MAILBOX_LOG, logreader.MAILBOX_LOG_2})
 # Seconds in which dsync claims the attribute updates that it caused.
 _CONFIRMATION = 0.25
-# Users scanned in one go before the event loop gets its turn.
-_SCANS_AT_ONCE = 16
+# Seconds of scanning before the event loop gets its turn.
+_SCAN_SLICE = 0.02
+# An entry that was listed and can't be opened is gone, or is no directory any more.
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 # Directories below one another that are looked into. Who owns a home can make more than a stack holds.
 _DEEPEST = 100
 
@@ -59,7 +62,8 @@ class Directory:
 class Tree:
     """One user's directories by path, and the positions in his mailbox log by file name.
 
-    ``remembered`` holds the positions of the last run until the first scan has used them. What the logs
+    ``remembered`` holds the positions of the last run until the first scan has used them, and those of
+    directories that can't be looked at, on a file system that is not mounted, say. What the logs
     of a ``new`` user hold at the first scan is no news.
     """
 
@@ -69,6 +73,11 @@ class Tree:
         self.account = account
         self.remembered = remembered
         self.new = new
+        # Whether dsyncs may have gone unseen since the last scan.
+        self.blind = bool(remembered)
+        # Whether the last scan could not look at everything.
+        self.incomplete = False
+        self.unwatched = False
         self.directories: dict[bytes, Directory] = {}
         self.mailbox_log: dict[bytes, LogPosition] = {}
 
@@ -109,7 +118,7 @@ class Intake:
         self.trees: dict[User, Tree] = {}
         self._directories: dict[int, Directory] = {}
         self._ancestors: dict[int, Ancestor] = {}
-        self._unwatched = 0
+        self.unwatched: set[User] = set()
         self._unscanned: set[User] = set()
         self._scan_wanted = asyncio.Event()
         self._scanned_at = time.monotonic()
@@ -123,7 +132,9 @@ class Intake:
         self._scanned_at = time.monotonic()
         wanted = {account.user: account for account in accounts}
         for user in [user for user, tree in self.trees.items() if wanted.get(user) != tree.account]:
+            self._unscanned.discard(user)
             self._leave(self.trees.pop(user))
+        self._unscanned.update(user for user, tree in self.trees.items() if tree.incomplete)
         for user, account in wanted.items():
             if user not in self.trees:
                 self.trees[user] = Tree(account, self._remembered.pop(user, {}), user in new)
@@ -142,6 +153,8 @@ class Intake:
     def _leave(self, tree: Tree) -> None:
         """Ends the watches of a user; his positions are kept for the day he is back."""
         kept = self._remembered[tree.account.user]
+        kept.update(tree.remembered)
+        self.unwatched.discard(tree.account.user)
         for directory in list(tree.directories.values()):
             if directory.position is not None:
                 kept[directory.path, logreader.INDEX_LOG] = directory.position
@@ -157,7 +170,7 @@ class Intake:
         try:
             wd = self.watch.arm(fd, watch.ARRIVALS)
         except WatchError as error:
-            self._complain(error)
+            log.debug("%s: %s", path, error)
             return None
         finally:
             os.close(fd)
@@ -198,7 +211,11 @@ class Intake:
         news: defaultdict[User, set[ChangeKind]] = defaultdict(set)
         for user in dirty:
             if user in self.trees and user not in self._unscanned:
-                news[user] |= self._scan(self.trees[user])
+                kinds = self._scan(self.trees[user])
+                directories = self.trees[user].directories.values()
+                if kinds & CONTESTABLE and any(one.syncing or one.wd in locked for one in directories):
+                    self._on_contest(user)
+                news[user] |= kinds
         for directory in touched.values():
             user = directory.tree.account.user
             if user not in dirty and user not in self._unscanned:
@@ -244,6 +261,8 @@ class Intake:
     def scan_all(self) -> None:
         """Has every user compared with his positions, a few at a time."""
         self._scanned_at = time.monotonic()
+        for tree in self.trees.values():
+            tree.blind = True
         self._unscanned.update(self.trees)
         self._scan_wanted.set()
 
@@ -271,11 +290,9 @@ class Intake:
             await self._scan_wanted.wait()
             self._scan_wanted.clear()
             while self._unscanned:
-                for user in list(self._unscanned)[:_SCANS_AT_ONCE]:
-                    self._unscanned.discard(user)
-                    if user in self.trees:
-                        self._scan_and_tell(self.trees[user])
                 self._scanned_at = time.monotonic()
+                while self._unscanned and time.monotonic() < self._scanned_at + _SCAN_SLICE:
+                    self._scan_and_tell(self.trees[self._unscanned.pop()])
                 await asyncio.sleep(0)
 
     @property
@@ -283,46 +300,70 @@ class Intake:
         return Work("intake", self._scanned_at if self._unscanned else None, 60.0)
 
     def _scan_and_tell(self, tree: Tree) -> None:
-        user, was_down = tree.account.user, bool(tree.remembered)
+        was_blind, tree.blind = tree.blind, False
         kinds = self._scan(tree)
-        if kinds & CONTESTABLE and was_down:
-            # Nobody saw whether a dsync was at work on what changed while the daemon was down.
-            self._on_contest(user)
+        if kinds & CONTESTABLE and was_blind:
+            # Nobody saw whether a dsync was at work on it.
+            self._on_contest(tree.account.user)
         if kinds:
-            self._on_change(user, kinds)
+            self._on_change(tree.account.user, kinds)
 
     def _scan(self, tree: Tree) -> frozenset[ChangeKind]:
         """Arms and looks at every directory of a user, and compares every log with its position."""
         account = tree.account
         found: dict[bytes, Directory] = {}
         kinds: set[ChangeKind] = set()
-        try:
-            with logreader.open_directory(account.index_root) as fd:
-                self._visit(tree, b"", fd, found, kinds)
-                kinds |= self._news_of_mailbox_log(tree, fd)
-        except OSError as error:
-            self._await(tree, account.index_root, error)
-        if account.inbox:
-            inbox = os.fsencode(account.inbox)
+        aside: dict[tuple[bytes, bytes], LogPosition] = {}
+        was_incomplete, tree.incomplete = tree.incomplete, False
+        tree.unwatched = False
+        for path in (b"", os.fsencode(account.inbox)) if account.inbox else (b"",):
             try:
-                with logreader.open_directory(account.index_root, inbox) as fd:
-                    self._visit(tree, inbox, fd, found, kinds)
+                with logreader.open_directory(account.index_root, path) as fd:
+                    self._visit(tree, path, fd, found, kinds)
+                    if not path:
+                        kinds |= self._news_of_mailbox_log(tree, fd)
             except OSError as error:
-                self._await(tree, account.inbox, error)
+                aside.update(self._set_aside(tree, path, found))
+                tree.incomplete = True
+                self._await(tree, os.fsdecode(path) or account.index_root, error, quiet=was_incomplete)
         # One that was renamed while this went on may have been found under both names.
         found = {directory.path: directory for directory in found.values()}
         kept = set(found.values())
         for directory in tree.directories.values():
             if directory not in kept:
-                self._drop(directory, forget=directory.path not in found)
+                gone = directory.path not in found and (directory.path, logreader.INDEX_LOG) not in aside
+                self._drop(directory, forget=gone)
         tree.directories = found
-        for path, name in tree.remembered:
+        for path, name in tree.remembered.keys() - aside.keys():
             if path not in found:
-                self._store.put_cursor(CursorKey(tree.account.user, path, name), None)
-        tree.remembered = {}
+                self._store.put_cursor(CursorKey(account.user, path, name), None)
+        tree.remembered = aside
+        if not tree.unwatched:
+            self.unwatched.discard(account.user)
         # What a user's logs hold when he is first seen is for the first pass to compare.
         was_new, tree.new = tree.new, False
         return frozenset() if was_new else frozenset(kinds)
+
+    def _set_aside(
+        self, tree: Tree, root: bytes, found: Mapping[bytes, Directory]
+    ) -> dict[tuple[bytes, bytes], LogPosition]:
+        """The positions of what lies below ``root``, which can't be opened: it may be mounted again."""
+        positions = {
+            **tree.remembered,
+            **{(b"", name): position for name, position in tree.mailbox_log.items()},
+            **{
+                (path, logreader.INDEX_LOG): directory.position
+                for path, directory in tree.directories.items()
+                if directory.position is not None
+            },
+        }
+        if not root:
+            tree.mailbox_log = {}
+        return {
+            (path, name): position
+            for (path, name), position in positions.items()
+            if path not in found and path.startswith(b"/") == root.startswith(b"/")
+        }
 
     def _visit(
         self, tree: Tree, path: bytes, fd: int, found: dict[bytes, Directory], kinds: set[ChangeKind]
@@ -340,8 +381,16 @@ class Intake:
                 with logreader.open_below(fd, name) as below:
                     self._visit(tree, _join(path, name), below, found, kinds)
             except OSError as error:
-                # Gone since it was listed; its parent's event brings the next scan.
                 log.debug("%s: %r: %s", tree.account.user, name, error.strerror)
+                if error.errno not in _GONE:
+                    # Still there, and watched if it was: only the look failed.
+                    tree.incomplete = True
+                    self._keep(tree, _join(path, name), found)
+
+    def _keep(self, tree: Tree, root: bytes, found: dict[bytes, Directory]) -> None:
+        for path, directory in tree.directories.items():
+            if path == root or path.startswith(root + b"/"):
+                found.setdefault(path, directory)
 
     def _arm(self, tree: Tree, path: bytes, fd: int, found: Mapping[bytes, Directory]) -> Directory:
         """The directory behind ``fd``, watched. If it was watched under another name, it was renamed and
@@ -349,12 +398,13 @@ class Intake:
         try:
             wd = self.watch.arm(fd)
         except WatchError as error:
-            self._complain(error)
+            self._complain(tree, error)
             known = tree.directories.get(path)
             return known if known is not None else self._adopted(Directory(tree, path, -1), fd)
         directory = self._directories.get(wd)
         if directory is None or directory.tree is not tree:
             directory = self._directories[wd] = self._adopted(Directory(tree, path, wd), fd)
+            directory.syncing = logreader.inode(fd, _SYNC_LOCK) is not None
         elif directory.path != path:
             if found.get(directory.path, directory) is directory:
                 self._forget(directory)
@@ -369,9 +419,11 @@ class Intake:
         if here is not None and logreader.unchanged(fd, here):
             directory.position = here
             return directory
+        inode = logreader.inode(fd, logreader.INDEX_LOG)
         for (path, name), position in remembered.items():
             if (
-                name == logreader.INDEX_LOG
+                position.inode == inode
+                and name == logreader.INDEX_LOG
                 and path != directory.path
                 and logreader.is_continued(fd, position)
             ):
@@ -389,10 +441,11 @@ class Intake:
         if forget:
             self._forget(directory)
 
-    def _await(self, tree: Tree, path: str, error: OSError) -> None:
-        """Watches the nearest directory in which ``path`` will show up, which could not be opened."""
+    def _await(self, tree: Tree, path: str, error: OSError, quiet: bool) -> None:
+        """Watches the nearest directory in which ``path`` will show up, which could not be opened. A mount
+        makes no event: that is found when the users are listed anew."""
         missing_now = isinstance(error, FileNotFoundError)
-        if not missing_now:
+        if not missing_now and not quiet:
             log.warning(
                 "%s: %s can't be opened: %s; a link is not followed, see dovecot.index_root",
                 tree.account.user,
@@ -441,7 +494,7 @@ class Intake:
     def _decide_attributes(self, directory: Directory) -> None:
         """Whatever no dsync has claimed by now is a user's."""
         user = directory.tree.account.user
-        if directory.attributes and self._directories.get(directory.wd) is directory:
+        if directory.attributes and directory.tree.directories.get(directory.path) is directory:
             directory.attributes = ()
             self._remember(directory)
             self._on_change(user, frozenset({ChangeKind.ATTRIBUTE}))
@@ -477,10 +530,13 @@ class Intake:
             CursorKey(directory.tree.account.user, directory.path, logreader.INDEX_LOG), None
         )
 
-    def _complain(self, error: WatchError) -> None:
-        self._unwatched += 1
-        if self._unwatched == 1:
-            log.error("%s; what can't be watched is only seen by background passes", error)
+    def _complain(self, tree: Tree, error: WatchError) -> None:
+        if not self.unwatched:
+            log.error(
+                "%s: %s; what can't be watched is seen when the users are listed", tree.account.user, error
+            )
+        self.unwatched.add(tree.account.user)
+        tree.unwatched = tree.incomplete = True
 
 
 def _join(path: bytes, name: bytes) -> bytes:

@@ -76,6 +76,14 @@ def _open_log(directory_fd: int, name: bytes) -> Iterator[Optional[int]]:
         os.close(fd)
 
 
+def inode(directory_fd: int, name: bytes) -> Optional[int]:
+    """The inode number of a directory's entry; None if there is none."""
+    try:
+        return os.stat(name, dir_fd=directory_fd, follow_symlinks=False).st_ino
+    except OSError:
+        return None
+
+
 def unchanged(directory_fd: int, position: LogPosition) -> bool:
     """Whether the index log is still the file of ``position`` and ends there."""
     try:

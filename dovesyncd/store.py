@@ -75,7 +75,6 @@ MIGRATIONS = (
 _SAVE_CURSOR = "INSERT OR REPLACE INTO cursor VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _DROP_CURSOR = "DELETE FROM cursor WHERE user = ? AND directory = ? AND log = ?"
 _SAVE_JOB = "INSERT OR REPLACE INTO job VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_DROP_JOB = "DELETE FROM job WHERE user = ? AND peer = ?"
 
 
 class CursorKey(NamedTuple):
@@ -97,10 +96,11 @@ class Store:
     def __init__(self, directory: str) -> None:
         self.path = os.path.join(directory, FILE_NAME)
         self._cursors: dict[CursorKey, Optional[LogPosition]] = {}
-        self._jobs: dict[JobKey, Optional[Job]] = {}
+        self._jobs: dict[JobKey, Job] = {}
         self._thread = ThreadPoolExecutor(1, "store")
         self._writing: Optional[asyncio.Task[None]] = None
         self._closing = asyncio.Event()
+        self._abandoned = False
         self.failing_since: Optional[float] = None
         self._lock_fd = self._lock(directory)
         try:
@@ -190,16 +190,14 @@ class Store:
 
     def put_cursor(self, key: CursorKey, position: Optional[LogPosition]) -> None:
         """Remembers a position, or forgets it."""
-        self._cursors[key] = position
-        self._wake()
+        if not self._abandoned:
+            self._cursors[key] = position
+            self._wake()
 
     def put_job(self, job: Job) -> None:
-        self._jobs[job.key] = job
-        self._wake()
-
-    def drop_job(self, key: JobKey) -> None:
-        self._jobs[key] = None
-        self._wake()
+        if not self._abandoned:
+            self._jobs[job.key] = job
+            self._wake()
 
     @property
     def unwritten(self) -> int:
@@ -235,9 +233,7 @@ class Store:
                     self.failing_since = None
                     log.warning("%s: writing works again, nothing was lost", self.path)
 
-    def _commit(
-        self, cursors: dict[CursorKey, Optional[LogPosition]], jobs: dict[JobKey, Optional[Job]]
-    ) -> None:
+    def _commit(self, cursors: dict[CursorKey, Optional[LogPosition]], jobs: dict[JobKey, Job]) -> None:
         db = self._db
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -257,14 +253,18 @@ class Store:
                     if position is None
                 ),
             )
-            db.executemany(_SAVE_JOB, (_row(job) for job in jobs.values() if job is not None))
-            db.executemany(
-                _DROP_JOB, ((os.fsencode(key.user), key.peer) for key, job in jobs.items() if job is None)
-            )
+            db.executemany(_SAVE_JOB, map(_row, jobs.values()))
             db.execute("COMMIT")
         finally:
             if db.in_transaction:
                 db.execute("ROLLBACK")
+
+    def abandon(self) -> None:
+        """Forgets what is not yet on disk, for good: it may be half of what belongs together. The logs still
+        tell what happened."""
+        self._abandoned = True
+        self._cursors.clear()
+        self._jobs.clear()
 
     async def close(self) -> None:
         """Writes what is left, once, and closes. Raises StoreError if something could not be written."""

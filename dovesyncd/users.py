@@ -29,6 +29,7 @@ class Users:
         self._hint = asyncio.Event()
         self._reported: frozenset[str] = frozenset()
         self._known = 0
+        self.failing = False
         self._empty = False
 
     def hint(self) -> None:
@@ -37,22 +38,21 @@ class Users:
 
     async def run(self) -> None:
         pause = again = _RETRY_FIRST
-        failing = False
         while True:
             asked = time.monotonic()
             self._hint.clear()
             try:
                 accounts = await self._ask()
             except DovecotError as error:
-                if not failing:
+                if not self.failing:
                     log.error("The users can't be listed: %s; keeping the %d known", error, self._known)
-                failing = True
+                self.failing = True
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _RETRY_LAST)
                 continue
-            if failing:
+            if self.failing:
                 log.warning("The users can be listed again")
-            failing, pause = False, _RETRY_FIRST
+            self.failing, pause = False, _RETRY_FIRST
             if self._take(accounts):
                 # It may be on its way to be right: a user who is just being made, for one.
                 rest = again = min(again * 2, self._refresh)
@@ -72,6 +72,8 @@ class Users:
             if problem not in self._reported:
                 log.warning("%s", problem)
         self._reported = frozenset(accounts.problems)
+        for name, reason in accounts.skipped.items():
+            log.debug("%s: left out: %s", name, reason)
         if not accounts.accounts and self._known:
             if not self._empty:
                 log.error("Dovecot lists no users where there were %d: keeping those", self._known)

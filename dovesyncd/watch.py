@@ -32,7 +32,6 @@ MOVED_TO: int = pyinotify.IN_MOVED_TO
 MOVE_SELF: int = pyinotify.IN_MOVE_SELF
 DELETE_SELF: int = pyinotify.IN_DELETE_SELF
 IGNORED: int = pyinotify.IN_IGNORED
-UNMOUNT: int = pyinotify.IN_UNMOUNT
 ISDIR: int = pyinotify.IN_ISDIR
 Q_OVERFLOW: int = pyinotify.IN_Q_OVERFLOW
 

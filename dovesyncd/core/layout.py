@@ -17,11 +17,6 @@ from typing import Optional
 
 from dovesyncd.core.errors import DovecotError
 
-INDEX_LOG = b"dovecot.index.log"
-MAILBOX_LOG = b"dovecot.mailbox.log"
-LIST_LOG = b"dovecot.list.index.log"
-_LOGS = frozenset((INDEX_LOG, MAILBOX_LOG, LIST_LOG))
-
 MAILDIRPP = "maildir++"
 _DBOX = frozenset(("sdbox", "mdbox", "dbox"))
 # DBOX_MAILDIR_NAME and DBOX_MAILBOX_DIR_NAME, src/lib-storage/index/dbox-common/dbox-storage.h.
@@ -288,16 +283,11 @@ def parse_index_path(path: str, mailbox: str) -> Place:
 # ---------------------------------------------------------------------------------------- directories
 
 
-def is_index_log(name: bytes) -> bool:
-    """Whether a file name is one of the logs that tell of changes."""
-    return name in _LOGS
-
-
 def descend(driver: str, layout: str, relative: bytes) -> bool:
     """Whether the directory ``relative`` (its path below the index root) can hold a mailbox's logs or
     have such directories below it. For a driver that is not known, all that any driver would enter."""
     *parents, name = relative.split(b"/")
-    if name in (b"", b".", b"..") or name.startswith(b"..") or name.endswith((b".lock", b".tmp")):
+    if name in (b"", b".", b"..") or name.startswith(b".."):
         return False
     if layout == MAILDIRPP:
         # Maildir++ has all folders side by side; everything else there belongs to mails.

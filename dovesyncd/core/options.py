@@ -128,7 +128,7 @@ OPTIONS: tuple[Option, ...] = (
            "Each user is compared with each peer once in this time, whatever the logs and the states say."),
     Option("sync", "lock_timeout", span(1, HOUR, whole=True), "30s",
            "How long a sync waits for another one of the same user (doveadm sync -l)."),
-    Option("sync", "stall_timeout", span(1, HOUR, whole=True), "1min",
+    Option("sync", "stall_timeout", span(1, HOUR, whole=True), "5min",
            "A sync whose peer sends nothing for so long gives up (doveadm sync -T)."),
     Option("sync", "deadline", span(1, 7 * DAY), "1h",
            "A sync that takes longer is ended and tried again later; it must leave time for the first sync "

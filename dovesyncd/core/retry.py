@@ -34,8 +34,8 @@ class Curve(NamedTuple):
 RETRY = {
     OutcomeClass.CHANGED: Curve(1, 300),
     OutcomeClass.BUSY: Curve(1, 30),
-    # Longer than the first pause of a peer that is down: another user probes it then. On 2.3 a doveadm
-    # that died over one user looks like a peer that is down.
+    # It grows with the user's own outcomes in a row: on 2.3 a doveadm that died over one user looks like
+    # a peer that is down.
     OutcomeClass.PEER_DOWN: Curve(3, 60),
     OutcomeClass.AUTH: Curve(3, 60),
     OutcomeClass.NOUSER_LOCAL: Curve(5, 3600),
@@ -49,9 +49,15 @@ RETRY = {
 
 # These say nothing about the user: his job waits as it was.
 PEER_OUTCOMES = frozenset({OutcomeClass.PEER_DOWN, OutcomeClass.AUTH})
-# These can't come from a peer that is down.
+# These can't come from a peer that is down: dsync locks the user after the handshake with it.
 PEER_ANSWERED = frozenset(
-    {OutcomeClass.OK, OutcomeClass.CHANGED, OutcomeClass.NOUSER_REMOTE, OutcomeClass.QUOTA}
+    {
+        OutcomeClass.OK,
+        OutcomeClass.CHANGED,
+        OutcomeClass.BUSY,
+        OutcomeClass.NOUSER_REMOTE,
+        OutcomeClass.QUOTA,
+    }
 )
 
 
@@ -109,8 +115,10 @@ def after(
     if outcome.kind is OutcomeClass.CHANGED and job.repeats < MAX_REPEATS:
         return replace(job, repeats=job.repeats + 1, due=now, wants_full=outcome.wants_full)
     curve = RETRY[outcome.kind]
-    if outcome.kind is OutcomeClass.BUSY or outcome.kind in PEER_OUTCOMES:
+    if outcome.kind is OutcomeClass.BUSY:
         return replace(job, due=now + curve.delay(1, jitter))
+    if outcome.kind in PEER_OUTCOMES:
+        return replace(job, repeats=job.repeats + 1, due=now + curve.delay(job.repeats + 1, jitter))
     attempts = job.attempts + 1
     # The first time that Dovecot asks for a full sync, one without state is what it means.
     wants_full = outcome.wants_full and kind is not SyncKind.STATEFUL
@@ -142,6 +150,18 @@ def state_for(job: Job) -> str:
     if ChangeKind.CONFIRMATION in job.reasons:
         return dsync_state.common(job.base_state, job.state)
     return job.state
+
+
+def plausible(job: Job, now: float, pass_interval: float) -> Job:
+    """The job without a time that lies further ahead than any rule puts it: the clock was ahead when it was
+    set, or the interval was longer."""
+    longest = max(curve.cap for curve in RETRY.values()) * 1.25
+    return replace(
+        job,
+        due=min(job.due, now + longest),
+        next_pass=min(job.next_pass, now + pass_interval * 1.5),
+        confirm_at=None if job.confirm_at is None else min(job.confirm_at, now + CONFIRM_WITHIN),
+    )
 
 
 def next_pass(key: JobKey, now: float, interval: float) -> float:

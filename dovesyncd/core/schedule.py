@@ -39,24 +39,33 @@ class SleepUntil(NamedTuple):
 
 Action = Union[Start, Duty, SleepUntil]
 
+# When or rank, token, key: what lies in a heap counts only while its token is the key's last.
+Entry = tuple[float, int, JobKey]
+# Entries that no longer count before a heap is built anew, besides as many as there are jobs.
+_STALE = 1000
+
 
 @dataclass
 class PeerState:
-    """What the schedule knows about a peer. While it is down (``down_since`` set) its jobs wait untouched,
-    and one at a time may start as a probe, with growing pauses in seconds."""
+    """What the schedule knows about a peer. While it is down (``down_since`` set) its jobs wait untouched;
+    now and then one may start as a probe, with growing pauses in seconds."""
 
     workers: int
     running: int = 0
     down_since: Optional[float] = None
     next_probe: float = 0.0
     pause: float = 0.0
-    ready: list[tuple[float, int, JobKey]] = field(default_factory=list)
+    last_probe: Optional[JobKey] = None
+    ready: list[Entry] = field(default_factory=list)
 
     def opens_at(self, now: float) -> Optional[float]:
         """When the next job may start; None if only the end of a running one can tell."""
-        if self.down_since is not None:
-            return None if self.running else max(now, self.next_probe)
-        return now if self.running < self.workers else None
+        if self.running >= self.workers:
+            return None
+        if self.down_since is None:
+            return now
+        # The clock may have been set back.
+        return max(now, min(self.next_probe, now + PROBE_LAST))
 
 
 class Schedule:
@@ -67,8 +76,7 @@ class Schedule:
         self.peers = {peer: PeerState(count) for peer, count in workers.items()}
         self.jobs: dict[JobKey, Job] = {}
         self.running: dict[User, JobKey] = {}
-        # Heaps hold (when or rank, token, key); an entry counts only while its token is the key's last.
-        self._waiting: list[tuple[float, int, JobKey]] = []
+        self._waiting: list[Entry] = []
         self._token: dict[JobKey, int] = {}
         self._tokens = itertools.count()
         self._blocked: defaultdict[User, set[JobKey]] = defaultdict(set)
@@ -79,7 +87,13 @@ class Schedule:
             return
         self.jobs[job.key] = job
         token = self._token[job.key] = next(self._tokens)
-        heapq.heappush(self._waiting, (job.due if job.pending else job.next_duty, token, job.key))
+        self._push(self._waiting, (job.due if job.pending else job.next_duty, token, job.key))
+
+    def _push(self, heap: list[Entry], entry: Entry) -> None:
+        if len(heap) > 2 * len(self.jobs) + _STALE:
+            heap[:] = [(at, token, key) for at, token, key in heap if self._token.get(key) == token]
+            heapq.heapify(heap)
+        heapq.heappush(heap, entry)
 
     def remove(self, key: JobKey) -> None:
         self.jobs.pop(key, None)
@@ -96,31 +110,51 @@ class Schedule:
                 job = self.jobs[key]
                 if not job.pending:
                     return Duty(key)
-                heapq.heappush(self.peers[key.peer].ready, (rank(job), token, key))
+                self._push(self.peers[key.peer].ready, (rank(job), token, key))
         times = [self._waiting[0][0]] if self._waiting else []
+        startable: list[Entry] = []
         for peer in self.peers.values():
             opens = peer.opens_at(now)
-            ready = None if opens is None else self._first_ready(peer)
-            if opens is None or ready is None:
+            first = None if opens is None else self._first_ready(peer)
+            if opens is None or first is None:
                 continue
             if opens <= now:
-                return Start(ready)
+                startable.append(first)
             times.append(opens)
+        if startable:
+            return Start(min(startable)[2])
         return SleepUntil(min(times) if times else None)
 
-    def _first_ready(self, peer: PeerState) -> Optional[JobKey]:
+    def _first_ready(self, peer: PeerState) -> Optional[Entry]:
+        """The first of the peer's ready jobs that may start. A user over whom the peer's side died last
+        time makes it look down: another one is the better probe."""
+        first = self._top(peer)
+        if first is None or peer.down_since is None or first[2] != peer.last_probe:
+            return first
+        heapq.heappop(peer.ready)
+        second = self._top(peer)
+        heapq.heappush(peer.ready, first)
+        return second or first
+
+    def _top(self, peer: PeerState) -> Optional[Entry]:
         while peer.ready:
             _, token, key = peer.ready[0]
             if self._token.get(key) == token:
                 if key.user not in self.running:
-                    return key
+                    return peer.ready[0]
                 self._blocked[key.user].add(key)
             heapq.heappop(peer.ready)
         return None
 
-    def started(self, key: JobKey) -> None:
+    def started(self, key: JobKey, now: float) -> None:
         self.running[key.user] = key
-        self.peers[key.peer].running += 1
+        peer = self.peers[key.peer]
+        peer.running += 1
+        if peer.down_since is not None:
+            # Not at the end of the probe: it may be a user's first sync, and take an hour.
+            peer.last_probe = key
+            peer.pause = min(peer.pause * 2, PROBE_LAST)
+            peer.next_probe = now + peer.pause
 
     def ended(self, key: JobKey) -> None:
         """To be followed by a ``put`` of the job as its end left it."""
@@ -130,17 +164,16 @@ class Schedule:
             if other in self.jobs:
                 self.put(self.jobs[other])
 
-    def peer_failed(self, name: PeerName, now: float) -> bool:
-        """The peer could not be used. True if that is news."""
+    def peer_failed(self, name: PeerName, key: JobKey, now: float) -> bool:
+        """The peer could not be used for the job of ``key``. True if that is news."""
         peer = self.peers[name]
-        news = peer.down_since is None
-        if news:
-            peer.down_since = now
-            peer.pause = PROBE_FIRST
-        elif now >= peer.next_probe:
-            peer.pause = min(peer.pause * 2, PROBE_LAST)
-        peer.next_probe = now + peer.pause
-        return news
+        if peer.down_since is not None:
+            return False
+        peer.down_since = now
+        peer.last_probe = key
+        peer.pause = PROBE_FIRST
+        peer.next_probe = now + PROBE_FIRST
+        return True
 
     def peer_answered(self, name: PeerName) -> Optional[float]:
         """The peer was reached. Returns since when it had been down, if that is news."""

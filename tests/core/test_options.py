@@ -29,7 +29,7 @@ def test_one_table_is_enough() -> None:
     assert (problems, warnings) == ((), ())
     assert config is not None
     assert config.peers == (PeerConfig(PeerName("b"), ("tcp:b.example.com:12345",), 10, (), False, ()),)
-    assert dataclasses.astuple(config.sync) == (0.1, 0.3, 2.0, 86400.0, 30.0, 60.0, 3600.0)
+    assert dataclasses.astuple(config.sync) == (0.1, 0.3, 2.0, 86400.0, 30.0, 300.0, 3600.0)
     assert dataclasses.astuple(config.users) == (("*",), (), (), 300.0)
     assert dataclasses.astuple(config.dovecot) == ("", "", "doveadm", "doveconf", "")
     assert dataclasses.astuple(config.daemon) == ("", "info")

@@ -163,6 +163,23 @@ def test_what_says_nothing_about_the_user_costs_no_attempt(outcome: OutcomeClass
     assert (job.attempts, job.state) == (0, "old")
 
 
+def test_a_peer_that_fails_over_one_user_hears_less_and_less_of_him() -> None:
+    job, delays = STARTED, []
+    for _ in range(6):
+        job = after(OutcomeClass.PEER_DOWN, job=debounce.clear(job))
+        delays.append(job.due - 200)
+    assert delays == [3, 6, 12, 24, 48, 60]
+    assert after(OutcomeClass.OK, job=debounce.clear(job), state="s").repeats == 0
+
+
+def test_times_that_no_rule_sets() -> None:
+    """Set while the clock was a year ahead."""
+    far = 1e9
+    job = retry.plausible(replace(PENDING, due=far, next_pass=far, confirm_at=far), 1000, DAY)
+    assert (job.due, job.next_pass, job.confirm_at) == (1000 + 4500, 1000 + 1.5 * DAY, 1000 + 30)
+    assert retry.plausible(PENDING, 100, DAY) == PENDING
+
+
 def test_changed_is_repeated_at_once_three_times() -> None:
     job, dues = STARTED, []
     for _ in range(4):

@@ -47,7 +47,7 @@ def started(schedule: Schedule, now: float) -> list[JobKey]:
         if not isinstance(action, Start):
             return order
         order.append(action.key)
-        schedule.started(action.key)
+        schedule.started(action.key, now)
         schedule.remove(action.key)
 
 
@@ -127,25 +127,26 @@ def test_a_job_of_an_unknown_peer_is_not_scheduled() -> None:
     assert schedule_of(job("u", peer=C)).next_action(2) == SleepUntil(None)
 
 
-def test_a_peer_that_is_down_is_probed_by_one_at_a_time() -> None:
+def test_a_peer_that_is_down_is_probed_now_and_then() -> None:
     schedule = schedule_of(*(job(f"u{n}") for n in range(5)))
-    (first, *others) = started(schedule, 100)
-    assert schedule.peer_failed(B, 100)
-    for one in others:
-        assert not schedule.peer_failed(B, 100)
+    running = started(schedule, 100)
+    assert schedule.peer_failed(B, running[0], 100)
+    for one in running:
+        assert not schedule.peer_failed(B, one, 100)
         schedule.ended(one)
-    schedule.ended(first)
-    for n in range(5):
-        schedule.put(job(f"u{n}"))
-    assert schedule.next_action(100) == SleepUntil(100 + PROBE_FIRST)
-    assert len(started(schedule, 100 + PROBE_FIRST)) == 1
-    assert schedule.next_action(200) == SleepUntil(None)
+        schedule.put(job(one.user))
+    now = 100 + PROBE_FIRST
+    assert schedule.next_action(100) == SleepUntil(now)
+    assert len(started(schedule, now)) == 1
+    # A probe that takes its time does not keep others from finding out that the peer is back.
+    assert schedule.next_action(now) == SleepUntil(now + 2 * PROBE_FIRST)
+    assert len(started(schedule, now + 2 * PROBE_FIRST)) == 1
 
 
 def test_probes_pause_longer_up_to_the_last() -> None:
     schedule = schedule_of(job("u"))
     now, pauses = 0.0, []
-    schedule.peer_failed(B, now)
+    schedule.peer_failed(B, key("v"), now)
     for _ in range(10):
         sleep = schedule.next_action(now)
         assert isinstance(sleep, SleepUntil)
@@ -155,14 +156,60 @@ def test_probes_pause_longer_up_to_the_last() -> None:
         assert started(schedule, now) == [key("u")]
         schedule.ended(key("u"))
         schedule.put(job("u"))
-        schedule.peer_failed(B, now)
+        schedule.peer_failed(B, key("u"), now)
     assert pauses[:3] == [PROBE_FIRST, PROBE_FIRST * 2, PROBE_FIRST * 4]
     assert pauses[-1] == PROBE_LAST
 
 
+def test_the_user_over_whom_the_peer_failed_is_not_its_only_probe() -> None:
+    schedule = schedule_of(job("bad", first=1), job("good", first=50))
+    schedule.peer_failed(B, key("bad"), 100)
+    assert started(schedule, 100 + PROBE_FIRST) == [key("good")]
+    # Where there is no other, it is.
+    schedule = schedule_of(job("bad"))
+    schedule.peer_failed(B, key("bad"), 100)
+    assert started(schedule, 100 + PROBE_FIRST) == [key("bad")]
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_probes() -> None:
+    schedule = schedule_of(job("u"))
+    schedule.peer_failed(B, key("v"), 1_000_000)
+    sleep = schedule.next_action(1000)
+    assert sleep == SleepUntil(1000 + PROBE_LAST)
+
+
+def test_the_older_change_goes_first_whatever_its_peer() -> None:
+    schedule = schedule_of(job("u", first=50), job("v", first=10, peer=C), b=1, c=1)
+    assert started(schedule, 100) == [key("v", C), key("u")]
+
+
+def test_a_busy_user_reaches_both_peers() -> None:
+    """He changes something during each sync, so he is due for the first peer whenever one ends."""
+    schedule = schedule_of(job("u"), job("u", peer=C), b=1, c=1)
+    peers = []
+    for now in range(1, 21):
+        (running,) = started(schedule, now)
+        peers.append(running.peer)
+        schedule.put(job("u", due=now, first=now, peer=running.peer))
+        schedule.ended(running)
+        schedule.put(job("u", due=now, first=now, peer=running.peer))
+    assert peers.count(B) == peers.count(C) == 10
+
+
+def test_what_no_longer_counts_does_not_pile_up() -> None:
+    schedule = schedule_of(*(job(f"u{n}") for n in range(100)))
+    schedule.peer_failed(B, key("x"), 0)
+    for n in range(20_000):
+        schedule.put(job(f"u{n % 100}", due=0))
+        schedule.next_action(0)
+        schedule.put(idle(f"v{n % 100}", FAR))
+    assert len(schedule._waiting) < 3000
+    assert len(schedule.peers[B].ready) < 3000
+
+
 def test_after_the_peer_is_back_all_flow_again() -> None:
     schedule = schedule_of(*(job(f"u{n}") for n in range(3)))
-    schedule.peer_failed(B, 50)
+    schedule.peer_failed(B, key("x"), 50)
     assert schedule.peer_answered(B) == 50
     assert schedule.peer_answered(B) is None
     assert len(started(schedule, 50)) == 3
@@ -170,7 +217,7 @@ def test_after_the_peer_is_back_all_flow_again() -> None:
 
 def test_one_peer_down_does_not_stop_the_other() -> None:
     schedule = schedule_of(job("u"), job("v", peer=C), b=1, c=1)
-    schedule.peer_failed(B, 1)
+    schedule.peer_failed(B, key("x"), 1)
     assert started(schedule, 1) == [key("v", C)]
 
 

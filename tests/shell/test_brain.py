@@ -242,7 +242,7 @@ async def test_a_failure_climbs_the_ladder(state: Path) -> None:
             ("", True),
         ]
         for request in it.syncs:
-            assert (request.option("-l"), request.option("-T")) == ("30", "60")
+            assert (request.option("-l"), request.option("-T")) == ("30", "300")
         it.brain.changed(ANN, MAIL)
         answers.append(Answer.ok(STATE))
         await it.idle(5)

@@ -448,7 +448,51 @@ async def test_everything_above_the_root_appears_later(state: Path, tmp_path: Pa
         shutil.rmtree(tmp_path / "vmail")
         assert await it.news() == NOTHING
         Box(Path(account.index_root)).create().user_does(MAIL)
-        assert await it.news() >= {ChangeKind.CREATE, ChangeKind.NEW_MAIL}
+        assert await it.news() >= {ChangeKind.NEW_MAIL}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+async def test_a_mail_file_system_that_goes_and_comes_back(state: Path, tmp_path: Path) -> None:
+    """A mount makes no event, and what is not mounted is not deleted."""
+    account = maildir(tmp_path)
+    vmail, real = tmp_path / "vmail", tmp_path / "real"
+    root = Path(account.index_root)
+    below = root.relative_to(vmail)
+    vmail.mkdir()
+    Box(real / below).create().user_does(MAIL)
+
+    async def mounted(command: str, *paths: Path) -> None:
+        process = await asyncio.create_subprocess_exec(command, *map(str, paths))
+        assert await process.wait() == 0
+
+    async with scene(state) as it:
+        await it.follow(account)
+        assert await it.news() == NOTHING
+        await mounted("mount", Path("--bind"), real, vmail)
+        try:
+            await it.follow(account)
+            assert ChangeKind.NEW_MAIL in await it.news()
+            await mounted("umount", vmail)
+            Box(real / below).user_does(FLAGS)
+            assert await it.news() == NOTHING
+            await mounted("mount", Path("--bind"), real, vmail)
+            await it.follow(account)
+            assert await it.news() == {ChangeKind.FLAGS}
+            Box(real / below).user_does(MAIL)
+            assert await it.news() == {ChangeKind.NEW_MAIL}
+        finally:
+            await mounted("umount", vmail)
+
+
+async def test_a_user_who_leaves_before_he_was_scanned(state: Path, tmp_path: Path) -> None:
+    account = maildir(tmp_path)
+    Box(Path(account.index_root)).create()
+    async with scene(state) as it:
+        await it.follow(account)
+        it.intake.scan_all()
+        await it.follow()
+        assert it.intake.catching_up == 0
+        it.intake.catch_up(ANN)
 
 
 async def test_the_home_of_a_stranger_is_an_arrival(state: Path, tmp_path: Path) -> None:

@@ -155,15 +155,20 @@ async def test_later_put_wins_and_none_forgets(state: Path) -> None:
     store.put_cursor(key("bob"), None)
     await until(lambda: on_disk(state) == (1, 1), "bob forgotten")
     store.put_cursor(key("nobody"), None)
-    store.drop_job(JobKey(User("nobody"), PEER))
     await store.close()
     contents = await reopened(state)
     assert contents.cursors == {key("ann"): LogPosition(1, 1, 1, 3, 1)}
     assert contents.jobs[FULL_JOB.key].attempts == 9
+
+
+async def test_what_is_abandoned_is_not_written(state: Path) -> None:
     store = Store(str(state))
-    store.drop_job(FULL_JOB.key)
+    store.put_cursor(key("ann"), LogPosition(1, 1, 1, 1, 1))
+    store.abandon()
+    store.put_job(FULL_JOB)
     await store.close()
-    assert (await reopened(state)).jobs == {}
+    contents = await reopened(state)
+    assert (contents.cursors, contents.jobs) == ({}, {})
 
 
 async def test_position_and_job_are_one_transaction(state: Path) -> None:
