@@ -41,7 +41,7 @@ _SMALL_DEADLINE = 60.0
 
 class Brain:
     """``drain`` makes the intake read what has happened up to now: called right before a sync starts to
-    look, so that what it will carry is not taken for a change after it."""
+    look, so that what it will carry is not taken for a change after it. ``progress`` is told of each end."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class Brain:
         jobs: Mapping[JobKey, Job],
         doveadm: Doveadm,
         drain: Callable[[User], None],
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._timings = Timings(config.sync.settle, config.sync.settle_low, config.sync.longest_wait)
@@ -57,6 +58,7 @@ class Brain:
         self._store = store
         self._doveadm = doveadm
         self._drain = drain
+        self._progress = progress
         self.jobs = dict(jobs)
         self.users: set[User] = set()
         self.schedule = Schedule({peer.name: peer.workers for peer in config.peers})
@@ -279,6 +281,7 @@ class Brain:
         self.schedule.ended(key)
         self._put(job)
         self._log(covered, kind, result, seconds, job)
+        self._progress()
 
     def _note_peer(self, key: JobKey, result: Outcome, now: float) -> None:
         name = key.peer

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # Seconds that running syncs get at a stop.
 STOP_GRACE = 20.0
+# Seconds between what happens and what STATUS= says.
+STATUS_DELAY = 1.0
 
 
 class Daemon:
@@ -42,11 +44,14 @@ class Daemon:
         self._stop = asyncio.Event()
         self._broken: Optional[BaseException] = None
         self._process_limit = 0
+        self._reporting: Optional[asyncio.TimerHandle] = None
         self._doveadm = Doveadm(dovecot.socket, dovecot.doveadm, dovecot.config)
         self._store = Store(config.daemon.state_directory)
         contents = self._store.load()
         self._users = Users(self._ask, self._tell, config.users.refresh)
-        self._brain = Brain(config, self._store, contents.jobs, self._doveadm, self._drain)
+        self._brain = Brain(
+            config, self._store, contents.jobs, self._doveadm, drain=self._drain, progress=self._report_soon
+        )
         self._intake = Intake(
             self._store,
             contents.cursors,
@@ -82,6 +87,8 @@ class Daemon:
         new = self._brain.follow(accounts.accounts)
         self._intake.follow(accounts.accounts.values(), new)
         self._report()
+        # The scans that this began will have made progress by then.
+        self._report_soon()
 
     def _drain(self, user: User) -> None:
         self._intake.catch_up(user)
@@ -135,6 +142,8 @@ class Daemon:
             loop.default_exception_handler(context)
 
     async def _shut_down(self, tasks: Sequence[asyncio.Task[object]]) -> None:
+        if self._reporting is not None:
+            self._reporting.cancel()
         self._notify.stopping()
         await self._brain.stop(STOP_GRACE)
         for task in tasks:
@@ -156,7 +165,15 @@ class Daemon:
             await asyncio.sleep(interval)
         await self._stop.wait()
 
+    def _report_soon(self) -> None:
+        """STATUS= follows what happens, but no faster than people read."""
+        if self._reporting is None:
+            self._reporting = asyncio.get_running_loop().call_later(STATUS_DELAY, self._report)
+
     def _report(self) -> None:
+        if self._reporting is not None:
+            self._reporting.cancel()
+            self._reporting = None
         brain = self._brain
         # Of users who are listed and peers that are configured.
         jobs = [
