@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dovesyncd import userdb
+from dovesyncd import logreader, userdb
 from dovesyncd.core import layout
 from dovesyncd.core.errors import DovecotError
 from dovesyncd.doveadm import Doveadm
@@ -144,7 +144,7 @@ def logs_below(account: Account) -> set[str]:
         directories[:] = [
             name for name in directories if layout.descend(account.driver, account.layout, prefix + name)
         ]
-        found |= {os.fsdecode(where) for name in files if name == layout.INDEX_LOG}
+        found |= {os.fsdecode(where) for name in files if name == logreader.INDEX_LOG}
     return found
 
 
