@@ -323,7 +323,7 @@ async def test_deadline_of_the_program(plan: Any, ignore_term: bool) -> None:
     runs = plan(hang=True, ignore_term=ignore_term, child=True, stderr="Error: so far\n")
     doveadm = Doveadm("", PROGRAM)
     doveadm.grace = 0.1
-    task = asyncio.ensure_future(ask(doveadm, seconds=1.0))
+    task = asyncio.ensure_future(ask(doveadm, seconds=3.0))
     await until(lambda: bool(runs()), "the program has not started")
     assert await task == Reply(None, log=(LogLine("error", "so far"),), failure="timeout")
     assert not alive(runs()[0]["pid"])
