@@ -85,9 +85,16 @@ class Instance(Node):
             f"state_dir = {self._directory}/dovecot-state\n"
             f"instance_name = {self._run.id}-{self.name}\n"
             f"listen = {self.address}\n"
-            f"import_environment = TZ DOVECOT_HOSTDOMAIN={self.name}.test DOVECOT_HOSTNAME={self.name}\n"
         )
-        text = own + dovecot_conf.render(self.version, paths, self.ports, self.storage, str(_OWNER))
+        names = {"DOVECOT_HOSTDOMAIN": f"{self.name}.test", "DOVECOT_HOSTNAME": self.name}
+        if self.version == "2.3":
+            words = " ".join(f"{name}={value}" for name, value in names.items())
+            own += f"import_environment = TZ {words}\n"
+        else:
+            lines = "\n".join(f"  {name} = {value}" for name, value in names.items())
+            own += f"import_environment {{\n{lines}\n}}\n"
+        # 2.4 wants the version of the configuration in its first line.
+        text = dovecot_conf.render(self.version, paths, self.ports, self.storage, str(_OWNER)) + own
         self.dovecot_config.write_text(text)
         self._dovecot = subprocess.Popen(
             ["dovecot", "-F", "-c", str(self.dovecot_config)], env=self._environment, start_new_session=True,

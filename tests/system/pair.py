@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -73,12 +73,13 @@ def pair(version: str, storage: MailStorage = MailStorage()) -> Iterator[Pair]: 
     ``version`` "2.3": two instances on loopback of this machine's Dovecot, which has to be that; "loopback":
     the same with whatever it is; "2.4", "2.3-hosts": two hosts with Dovecot 2.4.1 or 2.3.19.1 and systemd.
     """
-    require_programs()
+    on_loopback = version in ("2.3", "loopback")
+    require_programs(["dovecot"] if on_loopback else list(_PROGRAMS))
     with ExitStack() as stack:
         run = RunDirectory()
         stack.callback(run.close)
         nodes: list[Node] = []
-        if version in ("2.3", "loopback"):
+        if on_loopback:
             for name in ("a", "b"):
                 instance = Instance(name, run, storage)
                 stack.callback(instance.close)
@@ -99,10 +100,10 @@ def pair(version: str, storage: MailStorage = MailStorage()) -> Iterator[Pair]: 
         yield Pair(version, a, b)
 
 
-def require_programs() -> None:
+def require_programs(programs: Sequence[str]) -> None:
     """RuntimeError that names the Debian packages to install."""
     if os.geteuid() != 0:
-        raise RuntimeError("system tests have to run as root: they make network namespaces and mounts")
-    missing = [package for program, package in _PROGRAMS.items() if shutil.which(program) is None]
+        raise RuntimeError("system tests have to run as root: they start servers and make network namespaces")
+    missing = [_PROGRAMS[program] for program in programs if shutil.which(program) is None]
     if missing:
         raise RuntimeError(f"missing packages: {' '.join(missing)}")
