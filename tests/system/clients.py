@@ -43,6 +43,11 @@ def quoted(name: str) -> str:
     return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
+# imaplib takes a command that it does not know for one of the state in which it is first used.
+for _command in ("SETMETADATA", "GETMETADATA"):
+    imaplib.Commands[_command] = ("AUTH", "SELECTED")
+
+
 class Imap(imaplib.IMAP4):
     """imaplib's client with METADATA (RFC 5464). Mailbox names are passed as they stand on the wire."""
 

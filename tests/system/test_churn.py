@@ -16,7 +16,7 @@ from tests.system.pair import Pair
 from tests.system.syncs import syncs, wait_first_passes
 
 USERS = 10
-SECONDS = float(os.environ.get("CHURN_SECONDS", "30"))
+SECONDS = float(os.environ.get("CHURN_SECONDS", "15"))
 RUNS = int(os.environ.get("CHURN_RUNS", "1"))
 DEBUG = '[daemon]\nlog_level = "debug"\n'
 # Within so many seconds of the end both nodes are equal.

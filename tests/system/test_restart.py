@@ -74,6 +74,39 @@ def test_users_who_come_while_the_daemons_run(pair: Pair) -> None:
     assert snapshot(pair.a, user).mailboxes["INBOX"].messages[1].flags == ("\\Seen",)
 
 
+def test_without_the_socket_the_program_is_run(pair: Pair) -> None:
+    (user,) = pair.fresh_users()
+    pair.start_daemons('[dovecot]\nsocket = "/nonexistent"\n')
+    wait_first_passes(pair, [user])
+    for node in pair:
+        node.deliver(user, message(f"on {node.name}"))
+        wait_until_equal(pair.a, pair.b, [user])
+    with pair.a.imap(user) as imap:
+        ok(imap.select("INBOX"))
+        ok(imap.store("1", "+FLAGS", r"(\Flagged)"))
+    wait_until_equal(pair.a, pair.b, [user])
+    for node in pair:
+        assert any("/nonexistent: No such file" in line for line in node.daemon_log())
+        assert {sync.outcome for sync in syncs(node)} == {"ok"}
+    # The state comes back this way too.
+    assert syncs(pair.a)[-1].kind == "stateful"
+
+
+def test_a_peer_that_is_down_when_the_daemon_starts(pair: Pair) -> None:
+    users = pair.fresh_users(6)
+    for user in users:
+        pair.a.deliver(user, message("waiting"))
+    pair.a.start_daemon(
+        f'[[peer]]\nname = "nobody"\ndestination = "tcp:{pair.b.address}:9"\n' + pair.peer_table(pair.a)
+    )
+    # One peer that refuses does not hold up the other one, and is one line, not one for each user.
+    pair.b.start_daemon(pair.peer_table(pair.b))
+    wait_until_equal(pair.a, pair.b, users, timeout=20)
+    lines = [line for line in pair.a.daemon_log() if "peer nobody can't be used" in line]
+    assert len(lines) == 1
+    assert "refused" in lines[0]
+
+
 STORAGES = {
     "fs": MailStorage(layout="fs"),
     "index elsewhere": MailStorage(separate_index=True),
