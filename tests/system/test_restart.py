@@ -104,7 +104,8 @@ def test_a_peer_that_is_down_when_the_daemon_starts(pair: Pair) -> None:
     wait_until_equal(pair.a, pair.b, users, timeout=20)
     lines = [line for line in pair.a.daemon_log() if "peer nobody can't be used" in line]
     assert len(lines) == 1
-    assert "refused" in lines[0]
+    # 2.3 closes the connection without a word.
+    assert "refused" in lines[0] or pair.a.version == "2.3"
 
 
 STORAGES = {
