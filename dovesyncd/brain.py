@@ -30,6 +30,7 @@ from dovesyncd.core.options import Config
 from dovesyncd.core.schedule import Duty, Schedule, SleepUntil, Start
 from dovesyncd.doveadm import Doveadm
 from dovesyncd.store import Store
+from dovesyncd.waiting import end, wait_for_event
 
 log = logging.getLogger(__name__)
 
@@ -171,10 +172,7 @@ class Brain:
 
     async def _sleep(self, until: SleepUntil, now: float) -> None:
         timeout = None if until.time is None else max(0.0, until.time - now)
-        try:
-            await asyncio.wait_for(self._woken.wait(), timeout)
-        except asyncio.TimeoutError:
-            pass
+        await wait_for_event(self._woken, timeout)
         self._woken.clear()
 
     @property
@@ -335,6 +333,4 @@ class Brain:
         syncs = set(self._syncs)
         if syncs:
             _, late = await asyncio.wait(syncs, timeout=grace)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            await end(late)

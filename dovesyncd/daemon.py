@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ from dovesyncd.notify import Notify, watchdog_interval
 from dovesyncd.store import Store
 from dovesyncd.userdb import Accounts
 from dovesyncd.users import Users
+from dovesyncd.waiting import end
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +148,7 @@ class Daemon:
             self._reporting.cancel()
         self._notify.stopping()
         await self._brain.stop(STOP_GRACE)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)
         self._intake.watch.close()
         await self._store.close()
         log.info("stopped")
@@ -202,6 +202,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The exit status: 0, 1 for an error, 6 for a configuration that can't be used."""
     options = _arguments().parse_args(argv)
     journal.set_up("info", os.environ)
+    # systemd's watchdog sends SIGABRT: the journal then has where the daemon was.
+    faulthandler.enable()
     try:
         config, warnings = load(options.config, os.environ)
         if options.check_config and warnings:

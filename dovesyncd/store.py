@@ -27,6 +27,7 @@ from dovesyncd.core.model import (
     Priority,
     User,
 )
+from dovesyncd.waiting import wait_for_event
 
 log = logging.getLogger(__name__)
 
@@ -224,10 +225,7 @@ class Store:
                     log.error("%s: %s; kept in memory, and tried again", self.path, error)
                 if self._closing.is_set():
                     return
-                try:
-                    await asyncio.wait_for(self._closing.wait(), RETRY_WRITE)
-                except asyncio.TimeoutError:
-                    pass
+                await wait_for_event(self._closing, RETRY_WRITE)
             else:
                 if self.failing_since is not None:
                     self.failing_since = None

@@ -23,6 +23,7 @@ from dovesyncd.core.errors import DovecotError
 from dovesyncd.core.layout import Location, Place, UnknownLocation, UnknownVariable
 from dovesyncd.core.model import Reply, User
 from dovesyncd.core.userdb_wire import Fields, parse_list, parse_lookup, words
+from dovesyncd.waiting import end
 
 # Users looked up in one call, and the seconds that one call may take.
 BATCH = 200
@@ -104,11 +105,14 @@ async def _doveconf(command: Sequence[str], deadline: float) -> str:
         )
     except OSError as error:
         raise DovecotError(f"can't run {program}: {error.strerror}", "set dovecot.doveconf") from error
+    reading = asyncio.ensure_future(_output(process))
     try:
-        output, said = await asyncio.wait_for(_output(process), deadline)
-    except asyncio.TimeoutError:
-        raise DovecotError(f"{program} did not end within {deadline:g} s", hint) from None
+        done, _ = await asyncio.wait({reading}, timeout=deadline)
+        if not done:
+            raise DovecotError(f"{program} did not end within {deadline:g} s", hint)
+        output, said = reading.result()
     finally:
+        await end({reading})
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

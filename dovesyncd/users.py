@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from dovesyncd.core.errors import DovecotError
 from dovesyncd.userdb import Accounts
+from dovesyncd.waiting import wait_for_event
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,7 @@ class Users:
                 rest = again = min(again * 2, self._refresh)
             else:
                 rest, again = self._refresh, _RETRY_FIRST
-            # Not wait_for(): before Python 3.12 it loses a cancellation that comes together with the hint.
-            timer = asyncio.get_running_loop().call_later(rest, self._hint.set)
-            try:
-                await self._hint.wait()
-            finally:
-                timer.cancel()
+            await wait_for_event(self._hint, rest)
             await asyncio.sleep(max(0.0, asked + _LEAST_GAP - time.monotonic()))
 
     def _take(self, accounts: Accounts) -> bool:

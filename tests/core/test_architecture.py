@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "dovesyncd"
 LAYERS = (
     {"__init__"},
-    {"core"},
+    {"core", "waiting"},
     {"config", "watch", "logreader", "store", "doveadm", "userdb", "notify", "journal"},
     {"intake", "brain", "users"},
     {"daemon"},

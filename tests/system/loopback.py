@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -228,7 +229,13 @@ class _Daemon:
                 self.process.kill()
             else:
                 self.process.terminate()
-            self.process.wait(timeout=30)
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                # Its last words are where it hangs.
+                self.process.send_signal(signal.SIGABRT)
+                self.process.wait(timeout=30)
+                raise AssertionError("\n".join(["dovesyncd did not stop:", *self.log()])) from None
 
     def log(self) -> list[str]:
         return self._log_path.read_text(errors="replace").splitlines()
