@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Optional
 
@@ -17,18 +17,21 @@ from dovesyncd.core.guids import Identity
 from dovesyncd.core.health import Work
 from dovesyncd.core.model import (
     CONTESTABLE,
+    PEER_OUTCOMES,
     ChangeKind,
     Job,
     JobKey,
     Outcome,
     OutcomeClass,
+    PeerName,
     SyncKind,
     Timings,
     User,
 )
-from dovesyncd.core.options import Config
-from dovesyncd.core.schedule import Duty, Schedule, SleepUntil, Start
+from dovesyncd.core.options import Config, PeerConfig
+from dovesyncd.core.schedule import SLOW_AFTER, Duty, GiveWay, PeerState, Schedule, SleepUntil, Start
 from dovesyncd.doveadm import Doveadm
+from dovesyncd.peer import silence
 from dovesyncd.store import Store
 from dovesyncd.waiting import end, wait_for_event
 
@@ -38,6 +41,12 @@ log = logging.getLogger(__name__)
 _LOG_EVERY = 10
 # Seconds for a doveadm command that only looks or sets one thing.
 _SMALL_DEADLINE = 60.0
+# Seconds for a peer's greeting, and before it is listened for again while syncs are slow.
+_GREETING, _DOUBT_AGAIN = 10.0, 30.0
+# Names in a message.
+_SHOWN = 10
+# The destination of a peer that is not configured.
+_NOWHERE = "?"
 
 
 class Brain:
@@ -52,52 +61,87 @@ class Brain:
         doveadm: Doveadm,
         drain: Callable[[User], None],
         progress: Callable[[], None] = lambda: None,
+        silence: Callable[[Sequence[str], float], Awaitable[str]] = silence,
     ) -> None:
-        self._config = config
-        self._timings = Timings(config.sync.settle, config.sync.settle_low, config.sync.longest_wait)
-        self._peers = {peer.name: peer for peer in config.peers}
         self._store = store
         self._doveadm = doveadm
         self._drain = drain
         self._progress = progress
+        self._silence = silence
         self.jobs = dict(jobs)
         self.users: set[User] = set()
-        self.schedule = Schedule({peer.name: peer.workers for peer in config.peers})
+        self.orphans: set[User] = set()
+        self.schedule = Schedule({}, time.time())
         self._woken = asyncio.Event()
         # The identities that mailboxes had around the syncs of users for whom dsync may exchange GUIDs.
         self._seen: dict[User, set[tuple[str, Identity]]] = {}
         # The jobs of users whose running sync has been told to look: a change from then on is not in it.
         self._covered: dict[User, Job] = {}
-        self._syncs: set[asyncio.Task[None]] = set()
+        self._syncs: dict[JobKey, asyncio.Task[None]] = {}
+        # Why running syncs are being ended by the daemon itself.
+        self._called_off: dict[JobKey, Outcome] = {}
+        # Peers that are being asked whether they still say anything.
+        self._doubted: dict[PeerName, asyncio.Task[None]] = {}
+        # Nothing is known of what was before: the database is new.
+        self._anew = not jobs
         self._stopping = False
         self._broken: Optional[BaseException] = None
         self._woken_at = time.monotonic()
         self._latest = time.time()
+        self._peers: dict[PeerName, PeerConfig] = {}
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Makes ``config`` the one in effect, at the start and at a reload."""
+        before, self._peers = self._peers, {peer.name: peer for peer in config.peers}
+        self._config = config
+        self._timings = Timings(config.sync.settle, config.sync.settle_low, config.sync.longest_wait)
+        self.schedule.resize({peer.name: peer.workers for peer in config.peers}, time.time())
+        for key in self._syncs:
+            now = self._peers.get(key.peer)
+            if now is None or now.destination != before[key.peer].destination:
+                self._call_off(key, Outcome(OutcomeClass.TIMEOUT, "the peer was configured anew"))
+        for key, job in self.jobs.items():
+            if key.peer not in self._peers and job.destination != _NOWHERE:
+                # What changes from now on is not noted for it: when it is back, everyone is compared.
+                self._put(replace(retry.without_state(job), destination=_NOWHERE))
+        for user in self.users:
+            self._take_up(user, time.time())
+        self._wake()
 
     # What is to be done ---------------------------------------------------------------------------
 
-    def follow(self, users: Iterable[User]) -> set[User]:
+    def follow(self, users: Iterable[User], left_out: Collection[str] = ()) -> set[User]:
         """Makes these the users to replicate; returns those who were never seen before. Who is no longer
-        among them keeps his jobs, which wait for his return."""
+        among them keeps his jobs, which wait for his return; who is not ``left_out`` on purpose either is an
+        orphan."""
         now = time.time()
         users = set(users)
         known = {key.user for key in self.jobs}
         departed, arrived = self.users - users, users - self.users
         self.users = users
         for user in departed:
-            log.info("%s: no longer listed by Dovecot, or excluded: not replicated", user)
+            log.info("%s: no longer replicated", user)
             for peer in self._peers:
                 self.schedule.remove(JobKey(user, peer))
         for user in arrived:
-            for peer in self._peers:
-                key = JobKey(user, peer)
-                if key in self.jobs:
-                    self._put_plausible(self.jobs[key], now)
-                else:
-                    self.jobs[key] = Job(key)
-                    self._merge(key, {ChangeKind.NEW_USER}, now)
+            self._take_up(user, now)
+        self._anew = False
+        self._note_orphans((known | arrived) - users - set(left_out))
         self._wake()
         return users - known
+
+    def _note_orphans(self, orphans: set[User]) -> None:
+        new = sorted(orphans - self.orphans)
+        self.orphans = orphans
+        if new:
+            log.warning(
+                "Dovecot no longer knows %d users who were replicated: %s%s; what is known of them is kept, "
+                "and nothing of theirs is deleted anywhere",
+                len(new),
+                ", ".join(map(ascii, new[:_SHOWN])),
+                " and others" if len(new) > _SHOWN else "",
+            )
 
     def contested(self, user: User) -> None:
         """A change that is told next was made while a dsync was at work on the same mailbox."""
@@ -113,7 +157,9 @@ class Brain:
         for peer in self._peers:
             key = JobKey(user, peer)
             if key in self.jobs:
-                if user in self._covered and kinds & CONTESTABLE:
+                if ChangeKind.LOG_GAP in kinds:
+                    self.jobs[key] = retry.in_doubt(self.jobs[key], now)
+                elif user in self._covered and kinds & CONTESTABLE:
                     self.jobs[key] = retry.contested(self.jobs[key], now)
                 self._merge(key, kinds, now)
         self._wake()
@@ -132,6 +178,25 @@ class Brain:
         self._store.put_job(retry.undone(job, covered) if covered is not None and carried else job)
         if job.key.user in self.users:
             self.schedule.put(job)
+
+    def _take_up(self, user: User, now: float) -> None:
+        """Sees that there is a job for each peer, and that it fits what the peer is now."""
+        for peer in self._peers:
+            key = JobKey(user, peer)
+            job, destination = self.jobs.get(key), self._destination(peer)
+            if job is None:
+                self.jobs[key] = retry.in_doubt(Job(key), now) if self._anew else Job(key)
+                self._merge(key, {ChangeKind.NEW_USER}, now)
+            elif key in self._syncs:
+                continue
+            elif job.destination not in ("", destination):
+                # The peer is another one now: everyone is compared with it.
+                self._put(retry.without_old_state(replace(job, next_pass=now), now, destination))
+            else:
+                self._put_plausible(job, now)
+
+    def _destination(self, peer: PeerName) -> str:
+        return " ".join(self._peers[peer].destination)
 
     def _put_plausible(self, job: Job, now: float) -> None:
         plausible = retry.plausible(job, now, self._config.sync.pass_interval)
@@ -153,6 +218,9 @@ class Brain:
                 self._start(action.key)
             elif isinstance(action, Duty):
                 self._put(replace(self._with_duty(self.jobs[action.key], now), due=now))
+            elif isinstance(action, GiveWay):
+                self.schedule.gives_way(action.key)
+                self._call_off(action.key, Outcome(OutcomeClass.TIMEOUT, "slow: gave way to other users"))
             else:
                 await self._sleep(action, now)
 
@@ -188,18 +256,66 @@ class Brain:
     def _start(self, key: JobKey) -> None:
         self.schedule.started(key, time.time())
         task = asyncio.get_running_loop().create_task(self._sync(key), name=f"sync {key.user!a}")
-        self._syncs.add(task)
-        task.add_done_callback(self._ended)
+        self._syncs[key] = task
+        doubt = asyncio.get_running_loop().call_later(SLOW_AFTER, self._doubt, key.peer)
+        task.add_done_callback(lambda task: self._ended(key, task, doubt))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._syncs.discard(task)
+    def _ended(self, key: JobKey, task: asyncio.Task[None], doubt: asyncio.TimerHandle) -> None:
+        doubt.cancel()
+        if self._syncs.get(key) is task:
+            # Else the next one of the same user has begun already.
+            del self._syncs[key]
+        if self._called_off.pop(key, None) is not None and not self._stopping:
+            # The peer may be another one now.
+            self._take_up(key.user, time.time())
         if not task.cancelled() and task.exception() is not None:
             # Not an outcome of a sync but an error of this program: run() must not survive it.
             self._broken = task.exception()
         self._wake()
 
+    def _call_off(self, key: JobKey, why: Outcome) -> None:
+        self._called_off[key] = why
+        self._syncs[key].cancel()
+
+    def _doubt(self, name: PeerName) -> None:
+        """A sync with this peer is slow. What waits for a peer that is silent would wait for hours."""
+        if name not in self._doubted and not self._stopping:
+            work = self._listen_for(name)
+            self._doubted[name] = asyncio.get_running_loop().create_task(work, name=f"doubt {name}")
+
+    async def _listen_for(self, name: PeerName) -> None:
+        try:
+            while name in self._peers and self.schedule.peers[name].down_since is None:
+                self.schedule.peers[name].doubted = True
+                try:
+                    problem = await self._silence(self._peers[name].destination, _GREETING)
+                finally:
+                    self.schedule.peers[name].doubted = False
+                    self._wake()
+                slow = self._slow(name)
+                if problem:
+                    silent = Outcome(OutcomeClass.PEER_DOWN, problem)
+                    self._note_peer(JobKey(User(""), name), silent, time.time())
+                    for key in slow:
+                        self._call_off(key, silent)
+                if not slow:
+                    break
+                await asyncio.sleep(_DOUBT_AGAIN)
+        finally:
+            del self._doubted[name]
+
+    def _slow(self, name: PeerName) -> list[JobKey]:
+        """The peer's syncs that have been running for long."""
+        since = time.time() - SLOW_AFTER
+        running = self.schedule.peers[name].running
+        return [key for key, began in running.items() if began <= since and key in self._syncs]
+
     async def _sync(self, key: JobKey) -> None:
         peer, options = self._peers[key.peer], self._config.sync
+        down_since = self.schedule.peers[key.peer].down_since
+        if down_since is not None and time.time() - down_since > retry.LONG_OUTAGE:
+            self.jobs[key] = retry.without_state(self.jobs[key])
+        self.jobs[key] = retry.without_old_state(self.jobs[key], time.time(), self._destination(key.peer))
         if retry.confirmation_due(self.jobs[key], time.time()):
             self._merge(key, {ChangeKind.CONFIRMATION}, time.time())
         kind, state = retry.kind_of(self.jobs[key]), retry.state_for(self.jobs[key])
@@ -226,22 +342,32 @@ class Brain:
                 self.schedule.remove(key)
                 self._covered[key.user] = job
 
-        stuck = retry.may_be_guids(self.jobs[key])
-        before = await self._identities(key.user) if stuck else {}
         began = time.monotonic()
         deadline = asyncio.get_running_loop().time() + options.deadline
         try:
-            reply = await self._doveadm.run(key.user, "sync", args, deadline=deadline, before_send=cover)
-            result = outcome.classify(reply)
+            problem, before = "", {}
+            if down_since is not None:
+                problem = await self._silence(peer.destination, _GREETING)
+            if problem:
+                result = Outcome(OutcomeClass.PEER_DOWN, problem)
+            else:
+                if retry.may_be_guids(self.jobs[key]):
+                    before = await self._identities(key.user)
+                result = outcome.classify(
+                    await self._doveadm.run(key.user, "sync", args, deadline=deadline, before_send=cover)
+                )
             if before and result.kind is OutcomeClass.CHANGED:
                 await self._settle_guids(key.user, before)
             else:
                 self._seen.pop(key.user, None)
         except asyncio.CancelledError:
             self._covered.pop(key.user, None)
-            self._put(retry.undone(self.jobs[key], covered))
-            raise
-        self._conclude(key, covered, kind, result, time.monotonic() - began)
+            if self._stopping or key not in self._called_off:
+                self._put(retry.undone(self.jobs[key], covered))
+                raise
+            self._end_called_off(key, covered, kind, time.monotonic() - began)
+        else:
+            self._conclude(key, covered, kind, result, time.monotonic() - began)
 
     async def _identities(self, user: User) -> dict[str, Identity]:
         reply = await self._doveadm.run(user, "mailbox status", guids.STATUS, deadline=self._soon())
@@ -272,35 +398,79 @@ class Brain:
         self._drain(key.user)
         now = time.time()
         self._note_peer(key, result, now)
+        if result.kind is OutcomeClass.TIMEOUT:
+            self._doubt(key.peer)
         job = retry.after(
-            self.jobs[key], covered, kind, result, now, random.random(), self._config.sync.pass_interval
+            self.jobs[key],
+            covered,
+            kind,
+            result,
+            seconds,
+            now,
+            random.random(),
+            self._config.sync.pass_interval,
         )
         self._covered.pop(key.user, None)
         self.schedule.ended(key)
         self._put(job)
         self._log(covered, kind, result, seconds, job)
+        if job.empty_syncs == debounce.EMPTY_ALLOWED:
+            log.warning(
+                "%s: %d syncs in a row for %s changed nothing on either side: slowed down; "
+                "something writes to his mailboxes again and again",
+                key.user,
+                job.empty_syncs,
+                ", ".join(reason.value for reason in covered.reasons),
+            )
+        self._progress()
+
+    def _end_called_off(self, key: JobKey, covered: Job, kind: SyncKind, seconds: float) -> None:
+        why = self._called_off[key]
+        job = retry.called_off(self.jobs[key], covered, why, seconds, time.time())
+        self.schedule.ended(key)
+        self._put(job)
+        self._log(covered, kind, why, seconds, job)
         self._progress()
 
     def _note_peer(self, key: JobKey, result: Outcome, now: float) -> None:
         name = key.peer
         state = self.schedule.peers[name]
         if result.kind in retry.PEER_ANSWERED:
-            down_since = self.schedule.peer_answered(name)
+            down_since = self.schedule.peer_answered(name, now)
             if down_since is not None:
                 log.warning(
-                    "peer %s is back after %.0f s", name, now - down_since, extra={"DOVESYNC_PEER": name}
-                )
+                    "%s is back after %.0f s", self._whose(state, name), now - down_since,
+                    extra={"DOVESYNC_PEER": name},
+                )  # fmt: skip
+                self._after_outage(key, now - down_since, now)
             return
-        failed = result.kind in retry.PEER_OUTCOMES or state.down_since is not None
-        if failed and self.schedule.peer_failed(name, key, now):
+        failed = result.kind in PEER_OUTCOMES or state.down_since is not None
+        if failed and self.schedule.peer_failed(name, key, result.kind, now):
             log.error(
-                "peer %s can't be used, its users wait: %s", name, result.text, extra={"DOVESYNC_PEER": name}
-            )
+                "%s can't be used, its users wait: %s", self._whose(state, name), result.text,
+                extra={"DOVESYNC_PEER": name},
+            )  # fmt: skip
+
+    def _after_outage(self, probe: JobKey, seconds: float, now: float) -> None:
+        for key in self._slow(probe.peer):
+            if key != probe:
+                # Its connection may be dead without knowing.
+                self._call_off(key, Outcome(OutcomeClass.PEER_DOWN, "begun before the peer was down"))
+        if seconds > retry.LONG_OUTAGE:
+            for key, job in self.jobs.items():
+                if key.peer == probe.peer and job.state and key not in self._syncs:
+                    self._put(retry.without_state(job))
+
+    @staticmethod
+    def _whose(state: PeerState, name: PeerName) -> str:
+        if state.down_because is OutcomeClass.DOVECOT_DOWN:
+            return f"the Dovecot of this host, for peer {name},"
+        return f"peer {name}"
 
     def _log(self, covered: Job, kind: SyncKind, result: Outcome, seconds: float, job: Job) -> None:
         reason = ", ".join(reason.value for reason in covered.reasons) or "not begun"
         level = logging.INFO
-        if result.kind in retry.PEER_OUTCOMES:
+        if result.kind in PEER_OUTCOMES:
             level = logging.DEBUG
         elif job.attempts:
             level = logging.WARNING if job.attempts % _LOG_EVERY == 1 else logging.DEBUG
@@ -330,7 +500,8 @@ class Brain:
         stay pending."""
         self._stopping = True
         self._wake()
-        syncs = set(self._syncs)
+        await end(list(self._doubted.values()))
+        syncs = set(self._syncs.values())
         if syncs:
             _, late = await asyncio.wait(syncs, timeout=grace)
             await end(late)

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Optional
 
 from dovesyncd import __version__, journal, userdb
@@ -37,11 +37,13 @@ STATUS_DELAY = 1.0
 
 
 class Daemon:
-    """To be built inside the event loop. Raises StoreError or WatchError where it can't work at all."""
+    """To be built inside the event loop. Raises StoreError where it can't work at all. ``reload`` brings the
+    configuration as it is now, or raises ConfigError."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
         dovecot = config.dovecot
         self._config = config
+        self._load = reload
         self._notify = Notify()
         self._stop = asyncio.Event()
         self._broken: Optional[BaseException] = None
@@ -60,6 +62,7 @@ class Daemon:
             on_change=self._brain.changed,
             on_arrival=self._users.hint,
             on_contest=self._brain.contested,
+            compare_interval=config.daemon.compare_interval,
         )
 
     async def _ask(self) -> Accounts:
@@ -86,7 +89,7 @@ class Daemon:
         )
 
     def _tell(self, accounts: Accounts) -> None:
-        new = self._brain.follow(accounts.accounts)
+        new = self._brain.follow(accounts.accounts, accounts.skipped)
         self._intake.follow(accounts.accounts.values(), new)
         self._report()
         # The scans that this began will have made progress by then.
@@ -101,13 +104,14 @@ class Daemon:
         loop.set_exception_handler(self._on_error)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: restart the service to reload")
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         tasks = [
             loop.create_task(self._guarded(work), name=name)
             for name, work in (
                 ("users", self._users.run()),
                 ("intake", self._intake.run()),
                 ("brain", self._brain.run()),
+                ("store", self._store.run()),
                 ("watchdog", self._watchdog()),
                 ("stop", self._stop.wait()),
             )
@@ -120,10 +124,38 @@ class Daemon:
         finally:
             await self._shut_down(tasks)
         for task in tasks:
-            if not task.cancelled() and task.exception() is not None:
-                raise DovesyncError(f"task {task.get_name()} failed") from task.exception()
+            error = None if task.cancelled() else task.exception()
+            if isinstance(error, DovesyncError):
+                raise error
+            if error is not None:
+                raise DovesyncError(f"task {task.get_name()} failed") from error
         if self._broken is not None:
             raise DovesyncError("a callback failed") from self._broken
+
+    def _reload(self) -> None:
+        """A new configuration takes effect at once; one with a mistake in it is refused as a whole."""
+        self._notify.reloading(time.monotonic())
+        try:
+            config = self._load()
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("%s", problem)
+            log.error("The configuration was not reloaded: the one from before stays in effect")
+        else:
+            if config.daemon.state_directory != self._config.daemon.state_directory:
+                log.warning("daemon.state_directory takes effect at the next start")
+            self._config = config
+            dovecot = config.dovecot
+            logging.getLogger().setLevel(config.daemon.log_level.upper())
+            self._doveadm.program, self._doveadm.config = dovecot.doveadm, dovecot.config
+            self._doveadm.socket_path = dovecot.socket or self._doveadm.socket_path
+            self._intake.compare_interval = config.daemon.compare_interval
+            self._brain.configure(config)
+            self._users.refresh = config.users.refresh
+            self._users.hint()
+            log.info("The configuration was reloaded")
+        self._notify.ready()
+        self._report()
 
     async def _guarded(self, work: Coroutine[Any, Any, object]) -> None:
         try:
@@ -156,7 +188,8 @@ class Daemon:
     async def _watchdog(self) -> None:
         interval = watchdog_interval(os.environ, os.getpid())
         while interval is not None:
-            stuck = health.stuck((self._brain.work, self._intake.work), time.monotonic())
+            works = (self._brain.work, self._intake.work, self._store.work, self._users.work)
+            stuck = health.stuck(works, time.monotonic())
             if stuck:
                 log.error("no progress: %s; the watchdog gets no sign of life", ", ".join(stuck))
             else:
@@ -176,11 +209,8 @@ class Daemon:
             self._reporting = None
         brain = self._brain
         # Of users who are listed and peers that are configured.
-        jobs = [
-            job
-            for key, job in brain.jobs.items()
-            if key.user in brain.users and key.peer in brain.schedule.peers
-        ]
+        peers = {name: peer for name, peer in brain.schedule.peers.items() if peer.workers}
+        jobs = [job for key, job in brain.jobs.items() if key.user in brain.users and key.peer in peers]
         pending = sum(job.pending for job in jobs)
         failing = len({job.key.user for job in jobs if job.attempts})
         parts = [f"{len(brain.users)} users", f"{pending} pending", f"{len(brain.schedule.running)} running"]
@@ -188,13 +218,15 @@ class Daemon:
             parts.append(f"{failing} users failing")
         if self._intake.catching_up:
             parts.append(f"catching up with {self._intake.catching_up}")
-        if self._intake.unwatched:
-            parts.append(f"{len(self._intake.unwatched)} users can't be watched")
+        if self._intake.unwatched.users:
+            parts.append(f"{len(self._intake.unwatched.users)} users compared, not watched")
+        if brain.orphans:
+            parts.append(f"{len(brain.orphans)} users unknown to Dovecot")
         if self._users.failing:
             parts.append("Dovecot's users can't be listed")
         if self._store.failing_since is not None:
-            parts.append("the database can't be written")
-        parts += [f"peer {name} is down" for name, peer in brain.schedule.peers.items() if peer.down_since]
+            parts.append(f"the database can't be written ({self._store.last_error})")
+        parts += [f"peer {name} is down" for name, peer in peers.items() if peer.down_since]
         self._notify.status(", ".join(parts))
 
 
@@ -205,17 +237,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # systemd's watchdog sends SIGABRT: the journal then has where the daemon was.
     faulthandler.enable()
     try:
-        config, warnings = load(options.config, os.environ)
-        if options.check_config and warnings:
-            raise ConfigError(warnings)
-        if options.show_config:
-            sys.stdout.write(render(config))
         if options.check_config or options.show_config:
+            config, warnings = load(options.config, os.environ)
+            if options.check_config and warnings:
+                raise ConfigError(warnings)
+            if options.show_config:
+                sys.stdout.write(render(config))
             return 0
-        for warning in warnings:
-            log.warning("%s", warning)
+        # Until it is handled: a reload that comes too early is none.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        config = _load(options.config)
         logging.getLogger().setLevel(config.daemon.log_level.upper())
-        asyncio.run(_serve(config))
+        asyncio.run(_serve(config, options.config))
     except ConfigError as error:
         for problem in error.problems:
             log.error("%s", problem)
@@ -226,8 +259,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-async def _serve(config: Config) -> None:
-    await Daemon(config).run()
+def _load(path: str) -> Config:
+    config, warnings = load(path, os.environ)
+    for warning in warnings:
+        log.warning("%s", warning)
+    return config
+
+
+async def _serve(config: Config, path: str) -> None:
+    await Daemon(config, lambda: _load(path)).run()
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -21,7 +21,9 @@ from dovesyncd.core.errors import WatchError
 from dovesyncd.core.health import Work
 from dovesyncd.core.model import CONTESTABLE, ChangeKind, LogPosition, User
 from dovesyncd.store import CursorKey, Store
+from dovesyncd.unwatched import Unwatched
 from dovesyncd.userdb import Account
+from dovesyncd.waiting import wait_for_event
 from dovesyncd.watch import Event, Watch
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ _MAILBOX_LOGS = frozenset({logreader.MAILBOX_LOG, logreader.MAILBOX_LOG_2})
 _CONFIRMATION = 0.25
 # Seconds of scanning before the event loop gets its turn.
 _SCAN_SLICE = 0.02
+# A user whose scan took longer has a rest then, so many times as long and at most so many seconds.
+_LONG_SCAN, _REST, _LONGEST_REST = 0.1, 10, 10.0
 # An entry that was listed and can't be opened is gone, or is no directory any more.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 # Directories below one another that are looked into. Who owns a home can make more than a stack holds.
@@ -77,7 +81,8 @@ class Tree:
         self.blind = bool(remembered)
         # Whether the last scan could not look at everything.
         self.incomplete = False
-        self.unwatched = False
+        # When the next scan may be, on a steady clock.
+        self.rest_until = 0.0
         self.directories: dict[bytes, Directory] = {}
         self.mailbox_log: dict[bytes, LogPosition] = {}
 
@@ -106,6 +111,7 @@ class Intake:
         on_change: Callable[[User, frozenset[ChangeKind]], None],
         on_arrival: Callable[[], None],
         on_contest: Callable[[User], None] = lambda user: None,
+        compare_interval: float = 30.0,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._store = store
@@ -118,7 +124,10 @@ class Intake:
         self.trees: dict[User, Tree] = {}
         self._directories: dict[int, Directory] = {}
         self._ancestors: dict[int, Ancestor] = {}
-        self.unwatched: set[User] = set()
+        self.compare_interval = compare_interval
+        self.unwatched = Unwatched()
+        # By st_dev: the type of a file system of other hosts, None for one of this host's own.
+        self._filesystems: dict[int, Optional[str]] = {}
         self._unscanned: set[User] = set()
         self._scan_wanted = asyncio.Event()
         self._scanned_at = time.monotonic()
@@ -140,11 +149,11 @@ class Intake:
                 self.trees[user] = Tree(account, self._remembered.pop(user, {}), user in new)
                 self._unscanned.add(user)
         armed = len(self._ancestors)
-        for home in {os.path.dirname(account.home) for account in wanted.values()}:
-            self._watch_arrivals(home)
+        for homes in {os.path.dirname(account.home) for account in wanted.values()}:
+            self._watch_arrivals(homes, homes)
             # /var/vmail/DOMAIN/USER: a new domain is a new directory one level up.
-            if os.path.dirname(home).count("/") > 1:
-                self._watch_arrivals(os.path.dirname(home))
+            if os.path.dirname(homes).count("/") > 1:
+                self._watch_arrivals(os.path.dirname(homes), homes)
         if len(self._ancestors) > armed:
             # Who came between Dovecot's list and these watches was seen by neither.
             self._on_arrival()
@@ -154,7 +163,7 @@ class Intake:
         """Ends the watches of a user; his positions are kept for the day he is back."""
         kept = self._remembered[tree.account.user]
         kept.update(tree.remembered)
-        self.unwatched.discard(tree.account.user)
+        self.unwatched.forget(tree.account.user)
         for directory in list(tree.directories.values()):
             if directory.position is not None:
                 kept[directory.path, logreader.INDEX_LOG] = directory.position
@@ -162,18 +171,13 @@ class Intake:
         for name, position in tree.mailbox_log.items():
             kept[b"", name] = position
 
-    def _watch_arrivals(self, path: str) -> Optional[Ancestor]:
+    def _watch_arrivals(self, path: str, home: str) -> Optional[Ancestor]:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
-            wd = self.watch.arm(fd, watch.ARRIVALS)
-        except WatchError as error:
+            with logreader.open_parent(path, home) as fd:
+                wd = self.watch.arm(fd, watch.ARRIVALS)
+        except (OSError, WatchError) as error:
             log.debug("%s: %s", path, error)
             return None
-        finally:
-            os.close(fd)
         return self._ancestors.setdefault(wd, Ancestor(path))
 
     # Events --------------------------------------------------------------------------------------
@@ -211,6 +215,10 @@ class Intake:
         news: defaultdict[User, set[ChangeKind]] = defaultdict(set)
         for user in dirty:
             if user in self.trees and user not in self._unscanned:
+                if self.trees[user].rest_until > time.monotonic():
+                    self.trees[user].blind = True
+                    self._scan_later(user)
+                    continue
                 kinds = self._scan(self.trees[user])
                 directories = self.trees[user].directories.values()
                 if kinds & CONTESTABLE and any(one.syncing or one.wd in locked for one in directories):
@@ -287,13 +295,41 @@ class Intake:
 
     async def run(self) -> None:
         while True:
-            await self._scan_wanted.wait()
+            await wait_for_event(self._scan_wanted, self._pause())
             self._scan_wanted.clear()
-            while self._unscanned:
-                self._scanned_at = time.monotonic()
-                while self._unscanned and time.monotonic() < self._scanned_at + _SCAN_SLICE:
-                    self._scan_and_tell(self.trees[self._unscanned.pop()])
-                await asyncio.sleep(0)
+            if not self._unscanned:
+                self._compare()
+            await self._scan_due()
+            if not self._unscanned:
+                self.unwatched.report(len(self._directories) + len(self._ancestors), self.compare_interval)
+
+    def _pause(self) -> Optional[float]:
+        """Seconds until there is something to scan if nothing happens; None if there is nothing then."""
+        if self._unscanned:
+            return max(0.0, min(self.trees[user].rest_until for user in self._unscanned) - time.monotonic())
+        return self.compare_interval if self.unwatched.users else None
+
+    async def _scan_due(self) -> None:
+        while True:
+            self._scanned_at = now = time.monotonic()
+            due = [user for user in self._unscanned if self.trees[user].rest_until <= now]
+            if not due:
+                return
+            for user in due:
+                if user in self._unscanned:
+                    self._unscanned.discard(user)
+                    self._scan_and_tell(self.trees[user])
+                if time.monotonic() > self._scanned_at + _SCAN_SLICE:
+                    await asyncio.sleep(0)
+                    self._scanned_at = time.monotonic()
+
+    def _compare(self) -> None:
+        """Has the users looked at of whose changes there may be no events."""
+        self._scanned_at = time.monotonic()
+        self._filesystems.clear()
+        for user in self.unwatched.users & self.trees.keys():
+            self.trees[user].blind = True
+            self._unscanned.add(user)
 
     @property
     def work(self) -> Work:
@@ -311,14 +347,15 @@ class Intake:
     def _scan(self, tree: Tree) -> frozenset[ChangeKind]:
         """Arms and looks at every directory of a user, and compares every log with its position."""
         account = tree.account
+        began = time.monotonic()
         found: dict[bytes, Directory] = {}
         kinds: set[ChangeKind] = set()
         aside: dict[tuple[bytes, bytes], LogPosition] = {}
         was_incomplete, tree.incomplete = tree.incomplete, False
-        tree.unwatched = False
+        self.unwatched.forget(account.user)
         for path in (b"", os.fsencode(account.inbox)) if account.inbox else (b"",):
             try:
-                with logreader.open_directory(account.index_root, path) as fd:
+                with logreader.open_directory(account.index_root, path, account.home) as fd:
                     self._visit(tree, path, fd, found, kinds)
                     if not path:
                         kinds |= self._news_of_mailbox_log(tree, fd)
@@ -338,8 +375,10 @@ class Intake:
             if path not in found:
                 self._store.put_cursor(CursorKey(account.user, path, name), None)
         tree.remembered = aside
-        if not tree.unwatched:
-            self.unwatched.discard(account.user)
+        seconds = time.monotonic() - began
+        if seconds > _LONG_SCAN:
+            # Whoever has a tree so large that it takes long to look at must not keep others waiting for it.
+            tree.rest_until = began + seconds + min(_LONGEST_REST, _REST * seconds)
         # What a user's logs hold when he is first seen is for the first pass to compare.
         was_new, tree.new = tree.new, False
         return frozenset() if was_new else frozenset(kinds)
@@ -396,14 +435,21 @@ class Intake:
         """The directory behind ``fd``, watched. If it was watched under another name, it was renamed and
         keeps its position: its log holds no news for that."""
         try:
+            self._note_filesystem(tree.account.user, fd)
             wd = self.watch.arm(fd)
         except WatchError as error:
-            self._complain(tree, error)
+            self.unwatched.refused(tree.account.user, error)
             known = tree.directories.get(path)
             return known if known is not None else self._adopted(Directory(tree, path, -1), fd)
         directory = self._directories.get(wd)
         if directory is None or directory.tree is not tree:
-            directory = self._directories[wd] = self._adopted(Directory(tree, path, wd), fd)
+            known = tree.directories.get(path)
+            if known is not None and known.wd < 0:
+                # It could not be watched up to now.
+                known.wd, directory = wd, known
+            else:
+                directory = self._adopted(Directory(tree, path, wd), fd)
+            self._directories[wd] = directory
             directory.syncing = logreader.inode(fd, _SYNC_LOCK) is not None
         elif directory.path != path:
             if found.get(directory.path, directory) is directory:
@@ -454,7 +500,7 @@ class Intake:
             )
         while path != "/":
             missing, path = path, os.path.dirname(path)
-            ancestor = self._watch_arrivals(path)
+            ancestor = self._watch_arrivals(path, tree.account.home)
             if ancestor is not None:
                 ancestor.users.add(tree.account.user)
                 if missing_now and os.path.isdir(missing):
@@ -465,7 +511,8 @@ class Intake:
 
     def _read_touched(self, directory: Directory) -> frozenset[ChangeKind]:
         try:
-            with logreader.open_directory(directory.tree.account.index_root, directory.path) as fd:
+            account = directory.tree.account
+            with logreader.open_directory(account.index_root, directory.path, account.home) as fd:
                 return self._read_index_log(directory, fd)
         except OSError:
             # Renamed or removed since: the tree has to be looked at.
@@ -501,7 +548,7 @@ class Intake:
 
     def _read_mailbox_log(self, tree: Tree) -> frozenset[ChangeKind]:
         try:
-            with logreader.open_directory(tree.account.index_root) as fd:
+            with logreader.open_directory(tree.account.index_root, b"", tree.account.home) as fd:
                 return self._news_of_mailbox_log(tree, fd)
         except OSError:
             return self._scan(tree)
@@ -530,13 +577,13 @@ class Intake:
             CursorKey(directory.tree.account.user, directory.path, logreader.INDEX_LOG), None
         )
 
-    def _complain(self, tree: Tree, error: WatchError) -> None:
-        if not self.unwatched:
-            log.error(
-                "%s: %s; what can't be watched is seen when the users are listed", tree.account.user, error
-            )
-        self.unwatched.add(tree.account.user)
-        tree.unwatched = tree.incomplete = True
+    def _note_filesystem(self, user: User, fd: int) -> None:
+        device = os.fstat(fd).st_dev
+        if device not in self._filesystems:
+            self._filesystems[device] = watch.remote_filesystem(device)
+        filesystem = self._filesystems[device]
+        if filesystem is not None:
+            self.unwatched.remote(user, filesystem)
 
 
 def _join(path: bytes, name: bytes) -> bytes:

@@ -29,6 +29,10 @@ class Notify:
     def ready(self) -> None:
         self.send("READY=1")
 
+    def reloading(self, now: float) -> None:
+        """``now`` is CLOCK_MONOTONIC in seconds. To be followed by ``ready``."""
+        self.send("RELOADING=1", f"MONOTONIC_USEC={int(now * 1e6)}")
+
     def status(self, text: str) -> None:
         self.send(f"STATUS={text}")
 

@@ -12,11 +12,13 @@ import fcntl
 import logging
 import os
 import sqlite3
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypeVar
 
 from dovesyncd.core.errors import StoreError
+from dovesyncd.core.health import Work
 from dovesyncd.core.model import (
     ChangeKind,
     Job,
@@ -33,6 +35,17 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "dovesyncd.sqlite3"
 RETRY_WRITE = 5.0  # seconds
+# Seconds that one write may take. Storage that fails over can take minutes, and a restart would wait as well.
+_PATIENCE = 300.0
+# The database and what SQLite puts beside it.
+_SUFFIXES = ("", "-wal", "-shm", "-journal")
+# How sqlite3's OperationalError begins where the file isn't what this program wrote: whatever else it says
+# (full, locked, I/O error, read-only) may pass by itself.
+_FOREIGN = ("no such table", "no such column", "table ", "Could not decode")
+_TYPES: dict[str, type] = {"BLOB": bytes, "TEXT": str, "INTEGER": int, "REAL": float}
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 # Each entry takes the schema from version n to n + 1.
 MIGRATIONS = (
@@ -59,6 +72,8 @@ MIGRATIONS = (
         repeats INTEGER NOT NULL,
         wants_full INTEGER NOT NULL,
         last_start REAL,
+        last_seconds REAL,
+        empty_syncs INTEGER NOT NULL,
         last_success REAL,
         last_pass REAL,
         next_pass REAL NOT NULL,
@@ -66,6 +81,7 @@ MIGRATIONS = (
         last_error TEXT NOT NULL,
         state TEXT NOT NULL,
         base_state TEXT NOT NULL,
+        destination TEXT NOT NULL,
         contested_since REAL,
         confirm_at REAL,
         PRIMARY KEY (user, peer)
@@ -75,7 +91,9 @@ MIGRATIONS = (
 
 _SAVE_CURSOR = "INSERT OR REPLACE INTO cursor VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _DROP_CURSOR = "DELETE FROM cursor WHERE user = ? AND directory = ? AND log = ?"
-_SAVE_JOB = "INSERT OR REPLACE INTO job VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_SAVE_JOB = (
+    "INSERT OR REPLACE INTO job VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 
 
 class CursorKey(NamedTuple):
@@ -92,17 +110,27 @@ class Contents(NamedTuple):
 
 
 class Store:
-    """``put_*`` take effect at once for the caller and on disk a moment later; ``close`` writes the rest."""
+    """``put_*`` take effect at once for the caller and on disk a moment later; ``close`` writes the rest.
+
+    ``failing_since`` (Unix seconds) and ``last_error`` are set while writing fails and is tried again:
+    nothing leaves the memory before it is on disk. What trying again can't heal comes out of ``run``.
+    """
 
     def __init__(self, directory: str) -> None:
+        directory = os.path.abspath(directory)
         self.path = os.path.join(directory, FILE_NAME)
+        # What is not yet known to be on disk.
         self._cursors: dict[CursorKey, Optional[LogPosition]] = {}
         self._jobs: dict[JobKey, Job] = {}
         self._thread = ThreadPoolExecutor(1, "store")
         self._writing: Optional[asyncio.Task[None]] = None
+        self._trying_since: Optional[float] = None
         self._closing = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._failure: Optional[BaseException] = None
         self._abandoned = False
         self.failing_since: Optional[float] = None
+        self.last_error = ""
         self._lock_fd = self._lock(directory)
         try:
             self._db = self._open()
@@ -111,11 +139,13 @@ class Store:
             raise
 
     def _lock(self, directory: str) -> int:
+        lock = os.path.join(directory, "lock")
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            fd = os.open(
-                os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-            )
+            _check(directory, stat.S_IFDIR)
+            for path in (lock, *(self.path + suffix for suffix in _SUFFIXES)):
+                _check(path, stat.S_IFREG)
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise StoreError(directory, error.strerror or str(error)) from error
         try:
@@ -130,27 +160,37 @@ class Store:
     def _open(self) -> sqlite3.Connection:
         try:
             return self._connect()
-        except sqlite3.OperationalError as error:
-            raise StoreError(self.path, str(error)) from error
-        except sqlite3.DatabaseError as error:
-            return self._begin_anew(error)
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            if not isinstance(error, sqlite3.OperationalError):
+                return self._begin_anew(error)
+            # SQLite has a wrong word for this one where it makes the file for shared memory.
+            free = os.statvfs(os.path.dirname(self.path))
+            full = free.f_bavail * free.f_frsize < 65536
+            raise StoreError(self.path, str(error), "the file system is full" if full else "") from error
 
     def _begin_anew(self, why: Exception) -> sqlite3.Connection:
-        """Sets the file aside, which nobody has open any more."""
+        aside = self._set_aside()
+        log.error(
+            "The database can't be read (%s): kept as %s, and begun anew. "
+            "Every user gets a background pass; nothing else is lost.",
+            why,
+            aside,
+        )
+        try:
+            return self._connect()
+        except sqlite3.Error as error:
+            raise StoreError(self.path, str(error)) from error
+
+    def _set_aside(self) -> str:
+        """Renames the file, which nobody has open any more, and returns its new path."""
         aside = f"{self.path}.unreadable-{int(time.time())}"
         try:
-            for suffix in ("", "-wal", "-shm"):
-                if os.path.exists(self.path + suffix):
+            for suffix in _SUFFIXES:
+                if os.path.lexists(self.path + suffix):
                     os.replace(self.path + suffix, aside + suffix)
-            log.error(
-                "The database can't be read (%s): kept as %s, and begun anew. "
-                "Every user gets a background pass; nothing else is lost.",
-                why,
-                aside,
-            )
-            return self._connect()
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(self.path, str(error)) from error
+        except OSError as error:
+            raise StoreError(self.path, f"can't be set aside: {error.strerror}") from error
+        return aside
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
@@ -166,28 +206,50 @@ class Store:
                 )
             for number, script in enumerate(MIGRATIONS[version:], version + 1):
                 db.executescript(f"BEGIN;{script};PRAGMA user_version = {number};COMMIT;")
-        except (sqlite3.Error, StoreError):
+            self._opened = self._identity()
+        except (sqlite3.Error, UnicodeDecodeError, StoreError):
             db.close()
             raise
         return db
 
+    def _identity(self) -> tuple[tuple[int, int], ...]:
+        """Which files lie where this database was opened. SQLite would go on with removed ones."""
+        try:
+            found = [os.lstat(self.path + suffix) for suffix in ("", "-wal")]
+        except FileNotFoundError as error:
+            raise StoreError(error.filename, "is missing") from error
+        return tuple((status.st_dev, status.st_ino) for status in found)
+
     def load(self) -> Contents:
         """Everything that is on disk. For the start, before anything is put."""
         try:
-            rows = self._db.execute("SELECT * FROM cursor").fetchall()
             cursors = {
-                CursorKey(User(os.fsdecode(row[0])), row[1], row[2]): LogPosition(row[3] % 2**64, *row[4:])
-                for row in rows
+                CursorKey(User(os.fsdecode(user)), directory, name): _position(*position)
+                for user, directory, name, *position in self._rows("cursor")
             }
-            rows = self._db.execute("SELECT * FROM job").fetchall()
-            jobs = {job.key: job for job in map(_job, rows)}
-        except sqlite3.OperationalError as error:
-            raise StoreError(self.path, str(error), "move the file away to begin anew") from error
-        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError, AttributeError) as error:
+            jobs = {job.key: job for job in map(_job, self._rows("job"))}
+        except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, sqlite3.OperationalError) and not _damaged(error):
+                raise StoreError(self.path, str(error)) from error
             self._db.close()
             self._db = self._begin_anew(error)
             return Contents({}, {})
         return Contents(cursors, jobs)
+
+    def _rows(self, table: str) -> list[tuple[Any, ...]]:
+        """Raises TypeError for a value of another type than its column, which SQLite lets pass."""
+        # Never a cursor that an error leaves open: a connection is not closed before its last one, and would
+        # then remove the WAL of the new database.
+        columns = self._db.execute(f"PRAGMA table_info({table})").fetchall()
+        types = [
+            _TYPES[declared] if notnull else (_TYPES[declared], type(None))
+            for _, _, declared, notnull, _, _ in columns
+        ]
+        rows = self._db.execute(f"SELECT * FROM {table}").fetchall()  # noqa: S608
+        for row in rows:
+            if not all(map(isinstance, row, types)):
+                raise TypeError(f"a row of {table} holds what it can't hold")
+        return rows
 
     def put_cursor(self, key: CursorKey, position: Optional[LogPosition]) -> None:
         """Remembers a position, or forgets it."""
@@ -202,36 +264,78 @@ class Store:
 
     @property
     def unwritten(self) -> int:
+        """Rows that are not yet known to be on disk."""
         return len(self._cursors) + len(self._jobs)
 
+    @property
+    def work(self) -> Work:
+        """A try that failed and waits for the next one is work done."""
+        return Work("store", self._trying_since, _PATIENCE)
+
+    async def run(self) -> None:
+        """Raises the error that ends all writing, when it comes: StoreError if the database is gone or
+        damaged, anything else is an error of the program. Its cancellation interrupts no write."""
+        await self._failed.wait()
+        if self._failure is not None:
+            raise self._failure
+
     def _wake(self) -> None:
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.get_running_loop().create_task(self._write(), name="store")
+        ended = self._failed.is_set() or self._closing.is_set()
+        if not ended and (self._writing is None or self._writing.done()):
+            self._trying_since = time.monotonic()
+            self._writing = asyncio.get_running_loop().create_task(self._write(), name="write")
+            self._writing.add_done_callback(self._written)
+
+    def _written(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = task.exception()
+            self._failed.set()
 
     async def _write(self) -> None:
-        loop = asyncio.get_running_loop()
         # Everything of the callback that woke this belongs into the same transaction.
         await asyncio.sleep(0)
-        while self._cursors or self._jobs:
-            cursors, self._cursors = self._cursors, {}
-            jobs, self._jobs = self._jobs, {}
-            try:
-                await loop.run_in_executor(self._thread, self._commit, cursors, jobs)
-            except sqlite3.Error as error:
-                self._cursors = {**cursors, **self._cursors}
-                self._jobs = {**jobs, **self._jobs}
-                if self.failing_since is None:
-                    self.failing_since = time.time()
-                    log.error("%s: %s; kept in memory, and tried again", self.path, error)
-                if self._closing.is_set():
-                    return
+        while self.unwritten and not self._closing.is_set():
+            if not await self._try():
                 await wait_for_event(self._closing, RETRY_WRITE)
-            else:
-                if self.failing_since is not None:
-                    self.failing_since = None
-                    log.warning("%s: writing works again, nothing was lost", self.path)
+
+    async def _try(self) -> bool:
+        """Writes all there is in one transaction; False if that has to be tried again."""
+        cursors, jobs = dict(self._cursors), dict(self._jobs)
+        self._trying_since = time.monotonic()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, cursors, jobs)
+        except (sqlite3.OperationalError, OSError) as error:
+            self.last_error = str(error)
+            if self.failing_since is None:
+                self.failing_since = time.time()
+                log.error("%s: %s; kept in memory, and tried again", self.path, error)
+            return False
+        finally:
+            self._trying_since = None
+        _forget(self._cursors, cursors)
+        _forget(self._jobs, jobs)
+        if self.failing_since is not None:
+            self.failing_since, self.last_error = None, ""
+            log.warning("%s: writing works again, nothing was lost", self.path)
+        return True
 
     def _commit(self, cursors: dict[CursorKey, Optional[LogPosition]], jobs: dict[JobKey, Job]) -> None:
+        """Runs in the thread. Raises StoreError for what trying again can't heal."""
+        if self._identity() != self._opened:
+            raise StoreError(self.path, "replaced while it was in use")
+        try:
+            self._transaction(cursors, jobs)
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            if not _damaged(error):
+                raise
+            self._db.close()
+            raise StoreError(
+                self.path,
+                f"{error}; kept as {self._set_aside()}",
+                "the next start begins anew, with a background pass over all users; nothing else is lost",
+            ) from error
+
+    def _transaction(self, cursors: dict[CursorKey, Optional[LogPosition]], jobs: dict[JobKey, Job]) -> None:
         db = self._db
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -265,22 +369,68 @@ class Store:
         self._jobs.clear()
 
     async def close(self) -> None:
-        """Writes what is left, once, and closes. Raises StoreError if something could not be written."""
+        """Writes what is left, once, and closes. Raises StoreError if something could not be written, and
+        what ``run`` raises unless that was followed by ``abandon``."""
         self._closing.set()
-        if self._writing is not None:
-            await self._writing
+        try:
+            if self._writing is not None:
+                await asyncio.wait({self._writing})
+                # Its callback may not have been called yet.
+                self._written(self._writing)
+            while self._failure is None and self.unwritten and await self._try():
+                pass
+        finally:
+            self._thread.shutdown()
+            self._db.close()
+            os.close(self._lock_fd)
+        if self._failure is not None and not self._abandoned:
+            raise self._failure
         if self.unwritten:
-            await self._write()
-        self._thread.shutdown()
-        self._db.close()
-        os.close(self._lock_fd)
-        if self.unwritten:
-            raise StoreError(self.path, f"{self.unwritten} rows could not be written", "see above")
+            raise StoreError(self.path, f"{self.unwritten} rows could not be written", self.last_error)
+
+
+def _check(path: str, file_type: int) -> None:
+    """Refuses what somebody else may have put at ``path`` for the daemon to follow or to believe."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if stat.S_IFMT(status.st_mode) != file_type:
+        expected = "directory" if file_type == stat.S_IFDIR else "regular file"
+        raise StoreError(path, f"is {stat.filemode(status.st_mode)}, expected a {expected}")
+    if status.st_uid != os.geteuid():
+        raise StoreError(
+            path,
+            f"belongs to uid {status.st_uid}, expected {os.geteuid()}",
+            "change its owner, or move it away",
+        )
+
+
+def _damaged(error: Exception) -> bool:
+    """Whether the file holds no database, or not one of this program. SQLITE_CORRUPT and SQLITE_NOTADB are of
+    no subclass, and sqlite3 can't decode every message about a damaged schema."""
+    if isinstance(error, sqlite3.OperationalError):
+        return str(error).startswith(_FOREIGN)
+    return type(error) is sqlite3.DatabaseError or isinstance(error, UnicodeDecodeError)
+
+
+def _forget(pending: dict[_Key, _Value], written: dict[_Key, _Value]) -> None:
+    """Takes from ``pending`` what has not changed since."""
+    for key, value in written.items():
+        if key in pending and pending[key] is value:
+            del pending[key]
 
 
 def _signed(inode: int) -> int:
     """Some file systems use all 64 bits of an inode number; SQLite's integers have a sign."""
     return inode - 2**64 if inode >= 2**63 else inode
+
+
+def _position(inode: int, *rest: int) -> LogPosition:
+    """Raises ValueError for numbers that no log has."""
+    if min(rest) < 0:
+        raise ValueError("a position before the beginning of its log")
+    return LogPosition(inode % 2**64, *rest)
 
 
 def _row(job: Job) -> tuple[object, ...]:
@@ -295,6 +445,8 @@ def _row(job: Job) -> tuple[object, ...]:
         job.repeats,
         int(job.wants_full),
         job.last_start,
+        job.last_seconds,
+        job.empty_syncs,
         job.last_success,
         job.last_pass,
         job.next_pass,
@@ -303,6 +455,7 @@ def _row(job: Job) -> tuple[object, ...]:
         job.last_error.encode("utf-8", "backslashreplace").decode(),
         job.state,
         job.base_state,
+        job.destination,
         job.contested_since,
         job.confirm_at,
     )
@@ -311,7 +464,8 @@ def _row(job: Job) -> tuple[object, ...]:
 def _job(row: tuple[Any, ...]) -> Job:
     """The reverse of ``_row``. Raises ValueError or KeyError for words that no version wrote."""
     user, peer, priority, reasons, first_change, due, attempts, repeats, wants_full, *history = row
-    last_start, last_success, last_pass, next_pass, outcome, error, state, *contest = history
+    last_start, last_seconds, empty_syncs, last_success, last_pass, next_pass, outcome, *rest = history
+    error, state, base_state, destination, contested_since, confirm_at = rest
     return Job(
         JobKey(User(os.fsdecode(user)), PeerName(peer)),
         priority=Priority(priority),
@@ -322,13 +476,16 @@ def _job(row: tuple[Any, ...]) -> Job:
         repeats=repeats,
         wants_full=bool(wants_full),
         last_start=last_start,
+        last_seconds=last_seconds,
+        empty_syncs=empty_syncs,
         last_success=last_success,
         last_pass=last_pass,
         next_pass=next_pass,
         last_outcome=None if outcome is None else OutcomeClass(outcome),
         last_error=error,
         state=state,
-        base_state=contest[0],
-        contested_since=contest[1],
-        confirm_at=contest[2],
+        base_state=base_state,
+        destination=destination,
+        contested_since=contested_since,
+        confirm_at=confirm_at,
     )

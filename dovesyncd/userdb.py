@@ -294,9 +294,10 @@ def _left_out(
 
 def _uid(text: str) -> Optional[int]:
     """``mail_uid`` may be a name."""
-    if text.isdecimal():
-        return int(text)
     try:
+        # A number has its limits too.
+        if text.isdecimal():
+            return int(text)
         return pwd.getpwnam(text).pw_uid if text else None
     except (KeyError, ValueError):
         return None

@@ -6,8 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Optional
 
 from dovesyncd.core.errors import DovecotError
+from dovesyncd.core.health import Work
 from dovesyncd.userdb import Accounts
 from dovesyncd.waiting import wait_for_event
 
@@ -26,12 +28,18 @@ class Users:
     ) -> None:
         self._ask = ask
         self._tell = tell
-        self._refresh = refresh
+        self.refresh = refresh
         self._hint = asyncio.Event()
         self._reported: frozenset[str] = frozenset()
         self._known = 0
         self.failing = False
+        self._asking_since: Optional[float] = None
         self._empty = False
+
+    @property
+    def work(self) -> Work:
+        """Every question to Dovecot has a deadline of its own; a large site is asked many."""
+        return Work("users", self._asking_since, 1800.0)
 
     def hint(self) -> None:
         """Someone may be new."""
@@ -40,25 +48,27 @@ class Users:
     async def run(self) -> None:
         pause = again = _RETRY_FIRST
         while True:
-            asked = time.monotonic()
+            asked = self._asking_since = time.monotonic()
             self._hint.clear()
             try:
                 accounts = await self._ask()
             except DovecotError as error:
+                self._asking_since = None
                 if not self.failing:
                     log.error("The users can't be listed: %s; keeping the %d known", error, self._known)
                 self.failing = True
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _RETRY_LAST)
                 continue
+            self._asking_since = None
             if self.failing:
                 log.warning("The users can be listed again")
             self.failing, pause = False, _RETRY_FIRST
             if self._take(accounts):
                 # It may be on its way to be right: a user who is just being made, for one.
-                rest = again = min(again * 2, self._refresh)
+                rest = again = min(again * 2, self.refresh)
             else:
-                rest, again = self._refresh, _RETRY_FIRST
+                rest, again = self.refresh, _RETRY_FIRST
             await wait_for_event(self._hint, rest)
             await asyncio.sleep(max(0.0, asked + _LEAST_GAP - time.monotonic()))
 

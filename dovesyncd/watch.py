@@ -14,7 +14,7 @@ import logging
 import os
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import pyinotify
 
@@ -40,9 +40,20 @@ LOGS = MODIFY | CREATE | DELETE | MOVED_FROM | MOVED_TO | MOVE_SELF | DELETE_SEL
 # For a directory above the users: only what comes.
 ARRIVALS = CREATE | MOVED_TO | MOVE_SELF | DELETE_SELF
 
+MAX_USER_WATCHES = "fs.inotify.max_user_watches"
+MAX_USER_INSTANCES = "fs.inotify.max_user_instances"
+
+# File systems that other hosts write to as well; inotify tells of what is written here only.
+_REMOTE = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse", "gfs2", "glusterfs", "gpfs", "lustre", "nfs"}
+    | {"nfs4", "ocfs2", "orangefs", "smb3", "virtiofs"}
+)
+
 # struct inotify_event: wd, mask, cookie, len; the name follows, padded with NUL.
 _EVENT = struct.Struct("iIII")
 _READ_SIZE = 256 * 1024
+# Reads before others get their turn; max_queued_events is far below what they hold.
+_MAX_READS = 100
 
 
 class Event(NamedTuple):
@@ -54,23 +65,28 @@ class Event(NamedTuple):
 
 
 class Watch:
-    """``on_events`` gets all events of one read. It must not raise."""
+    """``on_events`` gets all events of one read. It must not raise. inotify itself is started with the first
+    watch; where that fails the next one tries again."""
 
     def __init__(self, on_events: Callable[[list[Event]], None]) -> None:
+        self._manager: Any = None
+        self._fd = -1
+        self._on_events = on_events
+        self._loop = asyncio.get_running_loop()
+
+    def _start(self) -> None:
         try:
             self._manager = pyinotify.WatchManager()
         except OSError as error:
             raise WatchError(
-                f"inotify can't be started: {error}",
-                "fs.inotify.max_user_instances",
-                "raise the sysctl fs.inotify.max_user_instances",
+                f"inotify can't be started: {error.strerror}",
+                MAX_USER_INSTANCES,
+                f"raise the sysctl {MAX_USER_INSTANCES}",
             ) from error
-        self._fd: int = self._manager.get_fd()
+        self._fd = self._manager.get_fd()
         # pyinotify opens it blocking, and for children too.
         os.set_inheritable(self._fd, False)
         os.set_blocking(self._fd, False)
-        self._on_events = on_events
-        self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self.drain)
 
     def arm(self, directory_fd: int, mask: int = LOGS) -> int:
@@ -80,6 +96,8 @@ class Watch:
         The way over /proc makes it the directory that the caller has checked, and lets names that are not
         valid text through. Raises WatchError; its ``limit`` is set if the kernel's limit is reached.
         """
+        if self._manager is None:
+            self._start()
         try:
             found = self._manager.add_watch(
                 f"/proc/self/fd/{directory_fd}",
@@ -90,8 +108,8 @@ class Watch:
             if "ENOSPC" in str(error):
                 raise WatchError(
                     "the kernel's limit of inotify watches is reached",
-                    "fs.inotify.max_user_watches",
-                    "raise the sysctl fs.inotify.max_user_watches",
+                    MAX_USER_WATCHES,
+                    f"raise the sysctl {MAX_USER_WATCHES}",
                 ) from error
             raise WatchError(f"a directory can't be watched: {error}") from error
         (wd,) = found.values()
@@ -106,7 +124,7 @@ class Watch:
 
     def drain(self) -> None:
         """Reads and hands over what is there, without waiting for the event loop."""
-        while True:
+        for _ in range(_MAX_READS if self._manager is not None else 0):
             try:
                 data = os.read(self._fd, _READ_SIZE)
             except BlockingIOError:
@@ -117,8 +135,35 @@ class Watch:
                 return
 
     def close(self) -> None:
-        self._loop.remove_reader(self._fd)
-        self._manager.close()
+        if self._manager is not None:
+            self._loop.remove_reader(self._fd)
+            self._manager.close()
+            self._manager = None
+
+
+def limit(name: str) -> Optional[int]:
+    """The value of one of the sysctls fs.inotify.*; None where it can't be read."""
+    try:
+        with open("/proc/sys/" + name.replace(".", "/"), encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def remote_filesystem(device: int, mounts: str = "/proc/self/mountinfo") -> Optional[str]:
+    """The type of the file system with the number ``device`` (st_dev), if other hosts may write to it."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open(mounts, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                # proc(5): ID, parent, device, root, mount point, options, optional fields, "-", type, ...
+                fields = line.split()
+                if fields[2] == number:
+                    kind = fields[fields.index("-") + 1]
+                    return kind if kind.partition(".")[0] in _REMOTE else None
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
 
 
 def parse(data: bytes) -> list[Event]:

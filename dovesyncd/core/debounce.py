@@ -7,6 +7,11 @@ from dataclasses import replace
 
 from dovesyncd.core.model import ChangeKind, Job, Priority, Timings
 
+# Syncs in a row that were for a user's change and changed nothing on either side: more of them are a loop,
+# and pauses begin, in seconds, which double up to the longest one.
+EMPTY_ALLOWED = 20
+LONGEST_PAUSE = 60.0
+
 
 def merge(job: Job, kinds: Iterable[ChangeKind], now: float, timings: Timings, idle: bool) -> Job:
     """The job with ``kinds`` added to what is pending.
@@ -14,7 +19,7 @@ def merge(job: Job, kinds: Iterable[ChangeKind], now: float, timings: Timings, i
     New mail of a user who is ``idle`` (no sync runs or has just run) is due at once. Everything else waits
     until no more follows: ``settle`` after a change of high priority, ``settle_low`` after others, and at
     most ``longest_wait`` from the first. Priority only rises. A job that waits for its next try after a
-    failure keeps that time.
+    failure keeps that time. A user whose syncs are a loop has pauses between them.
     """
     new = [kind for kind in _ordered(kinds) if kind not in job.reasons]
     priority = max([job.priority, *(kind.priority for kind in new)])
@@ -28,6 +33,9 @@ def merge(job: Job, kinds: Iterable[ChangeKind], now: float, timings: Timings, i
         due = min(now + settle, first_change + timings.longest_wait)
         if job.pending and job.due <= now:
             due = job.due
+    if job.empty_syncs >= EMPTY_ALLOWED and job.last_start is not None:
+        pause = min(LONGEST_PAUSE, 2.0 ** min(job.empty_syncs - EMPTY_ALLOWED, 10))
+        due = max(due, min(job.last_start, now) + pause)
     return replace(job, priority=priority, reasons=(*job.reasons, *new), first_change=first_change, due=due)
 
 

@@ -10,8 +10,9 @@ from typing import Optional
 from dovesyncd.core.errors import DovecotError
 from dovesyncd.core.layout import Location, expand, parse_location
 
-_VERSION = re.compile(r"#\s*(\d+)\.(\d+)(\S*)")
+_VERSION = re.compile(r"#\s*(\d{1,9})\.(\d{1,9})(\S*)")
 _SETTING = re.compile(r"([^\s={}]+)\s=(?:\s(.*))?")
+_NUMBER = re.compile(r"[0-9]{1,18}")
 # The settings of 2.4 that decide where index files are; each can be overridden per namespace and user.
 PATH_SETTINGS = ("mail_driver", "mail_path", "mail_index_path", "mail_inbox_path", "mailbox_list_layout")
 
@@ -124,7 +125,7 @@ def _process_limit(top: Section) -> int:
 
 
 def _number(text: Optional[str], default: int) -> int:
-    return int(text) if text is not None and text.isdecimal() else default
+    return int(text) if text is not None and _NUMBER.fullmatch(text) else default
 
 
 def location_of(user: str, fields: Mapping[str, str], settings: DovecotSettings) -> Location:

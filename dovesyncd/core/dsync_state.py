@@ -40,6 +40,12 @@ def render(entries: dict[bytes, bytes]) -> str:
     return base64.b64encode(data + zlib.crc32(data).to_bytes(_CRC_SIZE, "little")).decode()
 
 
+def equal(one: str, other: str) -> bool:
+    """Whether both are states, of the same mailboxes in the same condition: nothing was synced in between."""
+    entries = parse(one)
+    return entries is not None and entries == parse(other)
+
+
 # Of no mailbox at all: everything is compared mail by mail.
 EMPTY = render({})
 

@@ -149,6 +149,8 @@ _MODIFIERS: dict[int, Callable[[bytes], bytes]] = {
     ord("T"): bytes.rstrip,
     ord("M"): lambda value: hashlib.md5(value, usedforsecurity=False).hexdigest().encode(),
 }
+# Of an offset and a width, in characters: more than any that make sense, too few to make much of little.
+_SIZE_LIMIT = 8
 _HASHES: dict[int, Callable[[bytes], int]] = {ord("H"): _hash_h, ord("N"): _hash_n}
 
 
@@ -156,6 +158,8 @@ def _modify(value: bytes, size: bytes, modifiers: bytes) -> bytes:
     """``[offset.]width`` and modifiers of 2.3. A hash takes the width as its modulus and the offset as
     the least number of digits. KeyError or ValueError where one of them is not known here."""
     before, _, after = size.rpartition(b".")
+    if len(size) > _SIZE_LIMIT:
+        raise ValueError("a number that Dovecot does not take")
     if b"-" in size or (after[:1] == b"0" and len(after) > 1):
         raise ValueError("counting from the end and padding with zeros")
     offset, width = int(before or 0), int(after or 0)

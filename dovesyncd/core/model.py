@@ -56,6 +56,9 @@ CONTESTABLE = frozenset(
     }
 )
 
+# What the daemon looks at by itself, without a change.
+DUTIES = frozenset({ChangeKind.NEW_USER, ChangeKind.BACKGROUND, ChangeKind.CONFIRMATION})
+
 _PRIORITY = {
     ChangeKind.NEW_MAIL: Priority.HIGH,
     # Their tombstones live in a log that rotates after 170 records: without a sync
@@ -70,7 +73,8 @@ class LogPosition(NamedTuple):
     """How far a log file has been read, and which file it was.
 
     ``indexid`` is a creation time in seconds and identifies nothing by itself; ``digest`` is the
-    CRC-32 of all bytes before ``offset`` and tells two files of one second apart.
+    CRC-32 of all bytes before ``offset`` and tells two files of one second apart. It is larger than any
+    CRC-32 where the log could not be read on: a mark that stands for the time of its last change.
     """
 
     inode: int
@@ -94,6 +98,7 @@ class OutcomeClass(enum.Enum):
     OK = "ok"
     CHANGED = "changed"
     BUSY = "busy"
+    DOVECOT_DOWN = "dovecot-down"
     PEER_DOWN = "peer-down"
     AUTH = "auth"
     NOUSER_LOCAL = "nouser-local"
@@ -103,6 +108,10 @@ class OutcomeClass(enum.Enum):
     TIMEOUT = "timeout"
     CRASH = "crash"
     OTHER = "other"
+
+
+# These say nothing about the user: his job waits as it was.
+PEER_OUTCOMES = frozenset({OutcomeClass.DOVECOT_DOWN, OutcomeClass.PEER_DOWN, OutcomeClass.AUTH})
 
 
 class LogLine(NamedTuple):
@@ -149,7 +158,11 @@ class Job:
     ``changed`` in a row. ``last_pass`` is the end of the last good sync that compared everything,
     ``next_pass`` when the next such sync is due even if nothing changes.
 
-    ``state`` is what the last good sync left for the next stateful one. ``contested_since`` is set while
+    ``last_seconds`` is how long the last sync took, whatever its outcome. ``empty_syncs`` counts the syncs
+    in a row that were for a change and changed nothing on either side.
+
+    ``state`` is what the last good sync left for the next stateful one, with the peer that was at
+    ``destination`` then. ``contested_since`` is set while
     users have changed what a dsync was at work on, ``confirm_at`` is then when the mailboxes concerned are
     to be compared mail by mail, and ``base_state`` is the state from before that began.
     """
@@ -163,6 +176,8 @@ class Job:
     repeats: int = 0
     wants_full: bool = False
     last_start: Optional[float] = None
+    last_seconds: Optional[float] = None
+    empty_syncs: int = 0
     last_success: Optional[float] = None
     last_pass: Optional[float] = None
     next_pass: float = 0.0
@@ -170,6 +185,7 @@ class Job:
     last_error: str = ""
     state: str = ""
     base_state: str = ""
+    destination: str = ""
     contested_since: Optional[float] = None
     confirm_at: Optional[float] = None
 

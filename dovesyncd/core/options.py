@@ -75,6 +75,7 @@ class DovecotConfig:
 class DaemonConfig:
     state_directory: str
     log_level: str
+    compare_interval: float
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,9 @@ OPTIONS: tuple[Option, ...] = (
            "Where the queue is kept; when empty, $STATE_DIRECTORY as set by systemd, or /var/lib/dovesyncd."),
     Option("daemon", "log_level", choice("debug", "info", "warning", "error"), "info",
            "The least important messages that are logged."),
+    Option("daemon", "compare_interval", span(1, DAY), "30s",
+           "How often users are compared with what is known of them whose directories inotify can't watch, "
+           "or that lie on a file system of other hosts."),
     Option("peer", "name", _NAME, None,
            "What this peer is called in the queue, in logs and in metrics; a new name is a new peer."),
     Option("peer", "destination", destination(), None,

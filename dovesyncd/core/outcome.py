@@ -34,14 +34,32 @@ _PREFIXES = re.compile(
     r"|cmd [a-z -]+: |conn \S+ \([^)]*\): |brain [MS]: )*"
 )
 
+_REMOTE = re.compile(
+    r"(?:doveadm: |cmd [a-z -]+: |(?:doveadm|dsync-local)\([^)]*\)(?:<[^>]*>)*: )*(?:dsync-)?remote\("
+)
+
 # The first row that matches any message wins, so causes stand before the consequences that follow them.
 # Patterns match from the start of a message: further in, it may quote a folder that a user has named.
 _TEXTS = (
+    # auth-master.c: nobody listens on auth-userdb, or he has just gone.
+    _text(
+        OutcomeClass.DOVECOT_DOWN,
+        r"auth-master: (passdb|userdb) lookup\(.*\): (connect\(/.*\) failed|Disconnected unexpectedly)",
+    ),
     # dsync-brain.c dsync_brain_lock(), lib/file-create-locked.c
     _text(OutcomeClass.OTHER, r"Couldn't lock .*(Permission denied|Read-only file system|No space left)"),
-    _text(OutcomeClass.BUSY, r"Couldn't lock .*(Timed out after|locking failed)"),
-    # MAIL_ERRSTR_NO_QUOTA, and the default of quota_exceeded_message
-    _text(OutcomeClass.QUOTA, r".*(Quota exceeded|Not enough disk quota)"),
+    # The latter: dsync-brain-mailbox.c
+    _text(
+        OutcomeClass.BUSY,
+        r"Couldn't lock .*(Timed out after|locking failed)",
+        r"Failed to lock mailbox .* for dsyncing: .*Timed out after",
+    ),
+    # MAIL_ERRSTR_NO_QUOTA, the default of quota_exceeded_message, and a full disk
+    _text(
+        OutcomeClass.QUOTA,
+        r".*(Quota exceeded|Not enough disk quota)",
+        r".*failed: (No space left on device|Disk quota exceeded)",
+    ),
     # doveadm-client.c (2.3: server-connection.c); openssl and ssh for the other carriers
     _text(
         OutcomeClass.AUTH,
@@ -108,6 +126,7 @@ _NOUSER = 67
 # FATAL_LOGOPEN to FATAL_DEFAULT (lib/failures.h): the process gave up.
 _FATAL_CODES = range(80, 90)
 
+_ERRORS = ("panic", "fatal", "error")
 _SEVERITY = ("panic", "fatal", "error", "warning", "info")
 _STATE = re.compile(r"(?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 # dsync-brain-mailbox.c dsync_brain_sync_mailbox_init(): a plain repeat fails the same way for ever.
@@ -143,7 +162,8 @@ def _known_texts(lines: Sequence[LogLine]) -> Iterator[tuple[OutcomeClass, LogLi
         for line in lines:
             panicked = rule.kind is OutcomeClass.CRASH and line.level == "panic"
             if panicked or rule.pattern.match(_message(line)):
-                yield rule.kind, line
+                theirs = rule.kind is OutcomeClass.DOVECOT_DOWN and _REMOTE.match(line.text)
+                yield (OutcomeClass.PEER_DOWN if theirs else rule.kind), line
 
 
 def _message(line: LogLine) -> str:
@@ -186,7 +206,9 @@ def _by_severity(log: Sequence[LogLine]) -> list[LogLine]:
 
 
 def _explain(reply: Reply, lines: Sequence[LogLine], cause: Optional[LogLine]) -> str:
-    for line in (cause, *lines):
+    # A warning is no cause where there is a better one.
+    errors = [line for line in lines if line.level in _ERRORS] if reply.failure else lines
+    for line in (cause, *errors):
         if line is not None and line.text.strip():
             return line.text
     if reply.failure == TIMEOUT:
@@ -197,7 +219,7 @@ def _explain(reply: Reply, lines: Sequence[LogLine], cause: Optional[LogLine]) -
         return reply.failure
     if reply.exit_code in (2, EXIT_UNKNOWN):
         return "mailboxes changed during the sync"
-    return f"doveadm ended with exit code {reply.exit_code}"
+    return f"doveadm ended with exit code {reply.exit_code} and no word: see Dovecot's logs on both sides"
 
 
 def _new_state(reply: Reply) -> str:

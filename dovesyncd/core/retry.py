@@ -7,13 +7,42 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dovesyncd.core import debounce, dsync_state
-from dovesyncd.core.model import ChangeKind, Job, JobKey, Outcome, OutcomeClass, SyncKind
+from dovesyncd.core.model import (
+    DUTIES,
+    PEER_OUTCOMES,
+    ChangeKind,
+    Job,
+    JobKey,
+    Outcome,
+    OutcomeClass,
+    SyncKind,
+)
 
 # Mailboxes that change under a sync's hands are synced again at once, so often.
 MAX_REPEATS = 3
-# The failure in a row from which on dsync is told to look at every mail: some conflicts are healed by
-# nothing less (a renamed folder with an emptied twin, Dovecot 2.4.1).
-FULL_FROM_ATTEMPT = 2
+# Every third try, from the failure with this number on, dsync is told to look at every mail: some conflicts
+# are healed by nothing less (a renamed folder with an emptied twin, Dovecot 2.4.1).
+FULL_FROM_ATTEMPT, FULL_EVERY = 2, 3
+# A full sync is no remedy for these.
+_NOT_HEALED_BY_FULL = PEER_OUTCOMES | {
+    OutcomeClass.BUSY,
+    OutcomeClass.NOUSER_LOCAL,
+    OutcomeClass.NOUSER_REMOTE,
+    OutcomeClass.QUOTA,
+    OutcomeClass.TIMEOUT,
+}
+# Seconds of outage after which a peer may have been restored or emptied: no state of before is used then.
+LONG_OUTAGE = 300.0
+
+# Seconds for which a state can be used. Dovecot keeps the logs that it refers to for two days
+# (mail_index_log2_max_age).
+STATE_KEEPS = 36 * 3600.0
+
+# Seconds within which a sync that changed nothing follows another one, to be counted with it.
+EMPTY_WITHIN = 300.0
+
+# Seconds before a sync that the daemon ended is tried again.
+CALLED_OFF_PAUSE = 5.0
 
 # Seconds without contest before a contested user's mailboxes are confirmed, and the longest delay of it.
 CONFIRM_AFTER = 2.0
@@ -34,6 +63,7 @@ class Curve(NamedTuple):
 RETRY = {
     OutcomeClass.CHANGED: Curve(1, 300),
     OutcomeClass.BUSY: Curve(1, 30),
+    OutcomeClass.DOVECOT_DOWN: Curve(1, 60),
     # It grows with the user's own outcomes in a row: on 2.3 a doveadm that died over one user looks like
     # a peer that is down.
     OutcomeClass.PEER_DOWN: Curve(3, 60),
@@ -47,8 +77,6 @@ RETRY = {
     OutcomeClass.OTHER: Curve(0.5, 900),
 }
 
-# These say nothing about the user: his job waits as it was.
-PEER_OUTCOMES = frozenset({OutcomeClass.PEER_DOWN, OutcomeClass.AUTH})
 # These can't come from a peer that is down: dsync locks the user after the handshake with it.
 PEER_ANSWERED = frozenset(
     {
@@ -63,7 +91,8 @@ PEER_ANSWERED = frozenset(
 
 def kind_of(job: Job) -> SyncKind:
     """How the next sync of ``job`` has to compare: with the state, without it, or everything."""
-    if job.wants_full or job.attempts >= FULL_FROM_ATTEMPT:
+    stubborn = job.attempts >= FULL_FROM_ATTEMPT and (job.attempts - FULL_FROM_ATTEMPT) % FULL_EVERY == 0
+    if job.wants_full or (stubborn and job.last_outcome not in _NOT_HEALED_BY_FULL):
         return SyncKind.FULL
     if ChangeKind.CONFIRMATION in job.reasons:
         return SyncKind.STATEFUL
@@ -85,6 +114,20 @@ def begun(job: Job, kind: SyncKind, now: float) -> Job:
     return started
 
 
+def without_state(job: Job) -> Job:
+    """The job whose next sync can't be a stateful one."""
+    return replace(job, state="", base_state="")
+
+
+def without_old_state(job: Job, now: float, destination: str) -> Job:
+    """The job without a state of before an outage that Dovecot's logs don't reach back over, or of another
+    peer than is at ``destination`` now."""
+    age = 0.0 if job.last_success is None else now - job.last_success
+    if job.destination == destination and age <= STATE_KEEPS:
+        return job
+    return replace(without_state(job), destination=destination)
+
+
 def undone(job: Job, done: Job) -> Job:
     """The job with what a sync for ``done`` did not achieve due again."""
     job = debounce.join(job, done)
@@ -99,12 +142,23 @@ def undone(job: Job, done: Job) -> Job:
 
 
 def after(
-    job: Job, done: Job, kind: SyncKind, outcome: Outcome, now: float, jitter: float, pass_interval: float
+    job: Job,
+    done: Job,
+    kind: SyncKind,
+    outcome: Outcome,
+    seconds: float,
+    now: float,
+    jitter: float,
+    pass_interval: float,
 ) -> Job:
-    """The job after a sync that was started for ``done`` ended. ``job`` holds what arrived meanwhile."""
-    job = replace(job, last_outcome=outcome.kind, last_error=outcome.text, wants_full=False)
+    """The job after a sync that was started for ``done`` ended after ``seconds``. ``job`` holds what arrived
+    meanwhile."""
+    job = replace(
+        job, last_outcome=outcome.kind, last_error=outcome.text, last_seconds=seconds, wants_full=False
+    )
     if outcome.kind is OutcomeClass.OK:
-        job = replace(job, attempts=0, repeats=0, last_success=now, state=outcome.state)
+        empty = _empty_syncs(job, done, kind, outcome, now)
+        job = replace(job, attempts=0, repeats=0, last_success=now, state=outcome.state, empty_syncs=empty)
         if kind is SyncKind.STATEFUL:
             return job
         return replace(job, last_pass=now, next_pass=next_pass(job.key, now, pass_interval))
@@ -126,6 +180,32 @@ def after(
     return replace(job, attempts=attempts, repeats=0, due=due, state="", wants_full=wants_full)
 
 
+def _empty_syncs(job: Job, done: Job, kind: SyncKind, outcome: Outcome, now: float) -> int:
+    for_a_change = bool(done.reasons) and not DUTIES.intersection(done.reasons)
+    if not for_a_change or kind is not SyncKind.STATEFUL:
+        return job.empty_syncs
+    recent = job.last_success is not None and now - job.last_success < EMPTY_WITHIN
+    return job.empty_syncs + 1 if recent and dsync_state.equal(done.state, outcome.state) else 0
+
+
+def called_off(job: Job, done: Job, why: Outcome, seconds: float, now: float) -> Job:
+    """The job after its sync, started for ``done``, was ended by the daemon, which is no failure of it."""
+    job = replace(
+        contested(undone(job, done), now),
+        last_outcome=why.kind,
+        last_error=why.text,
+        last_seconds=seconds,
+        state="",
+    )
+    return replace(job, due=now + CALLED_OFF_PAUSE)
+
+
+def in_doubt(job: Job, now: float) -> Job:
+    """The job of a user of whose past something is not known: the database is new, or an index was rebuilt
+    and its modseqs began anew. After his next sync all his mailboxes are compared mail by mail."""
+    return replace(job, contested_since=now, confirm_at=now + CONFIRM_AFTER, base_state="")
+
+
 def contested(job: Job, now: float) -> Job:
     """The job after a user changed a mailbox that a dsync was at work on.
 
@@ -142,7 +222,9 @@ def contested(job: Job, now: float) -> Job:
 
 
 def confirmation_due(job: Job, now: float) -> bool:
-    return job.confirm_at is not None and job.confirm_at <= now
+    """A user's first pass comes before it."""
+    due = job.confirm_at is not None and job.confirm_at <= now
+    return due and ChangeKind.NEW_USER not in job.reasons
 
 
 def state_for(job: Job) -> str:

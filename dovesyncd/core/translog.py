@@ -13,6 +13,9 @@ from typing import NamedTuple, Optional
 MAJOR_VERSION = 1
 HEADER_MIN_SIZE = 24  # MAIL_TRANSACTION_LOG_HEADER_MIN_SIZE
 RECORD_HEADER_SIZE = 8
+# Of a record and of a transaction, in bytes. A log is rotated at 1 MiB, and even a transaction about each of
+# several 100,000 mails is only a few times that; without a limit, "not yet" could be waited for for ever.
+MAX_SIZE = 16 << 20
 
 # enum mail_transaction_type
 EXPUNGE = 0x00000001
@@ -122,7 +125,7 @@ def scan(data: bytes, base: int) -> Scan:
         size = record_size(data, pos)
         if size == 0:
             break
-        if size < RECORD_HEADER_SIZE:
+        if not RECORD_HEADER_SIZE <= size <= MAX_SIZE:
             return Scan(records, base + pos, f"record of {size} bytes at offset {base + pos}")
         if size > len(data) - pos:
             break
@@ -134,7 +137,10 @@ def scan(data: bytes, base: int) -> Scan:
         if kind == BOUNDARY:
             if len(body) < 4:
                 return Scan(records, base + pos, f"short boundary at offset {base + pos}")
-            if _UINT32.unpack_from(body)[0] > len(data) - pos:
+            announced = _UINT32.unpack_from(body)[0]
+            if announced > MAX_SIZE:
+                return Scan(records, base + pos, f"transaction of {announced} bytes at offset {base + pos}")
+            if announced > len(data) - pos:
                 break
         records.append(
             Record(base + pos, size, kind, bool(raw_type & _EXTERNAL), bool(raw_type & _SYNC), body)

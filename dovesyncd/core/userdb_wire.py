@@ -7,6 +7,7 @@ doveadm-server prints JSON (src/doveadm/doveadm-auth-server.c): ``{"userList": [
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -30,7 +31,7 @@ def parse_list(reply: Reply) -> list[str]:
     found = answer.get("userList")
     if not isinstance(found, list):
         raise DovecotError("Dovecot's list of users can't be understood")
-    return [str(name) for name in found]
+    return [_bytes_only(name) for name in found if isinstance(name, str)]
 
 
 def parse_lookup(reply: Reply, names: Sequence[str]) -> Optional[dict[str, Fields]]:
@@ -42,7 +43,11 @@ def parse_lookup(reply: Reply, names: Sequence[str]) -> Optional[dict[str, Field
     answer = _json(reply)
     if answer is not None:
         return {
-            name: {key: str(value) for key, value in fields.items()}
+            _bytes_only(name): {
+                _bytes_only(key): _bytes_only(str(value))
+                for key, value in fields.items()
+                if not isinstance(value, (dict, list))
+            }
             for name, fields in answer.items()
             if isinstance(fields, dict)
         }
@@ -75,6 +80,17 @@ def _blocks(lines: Sequence[str]) -> list[Fields]:
     return list(blocks)
 
 
+# Those that no byte is decoded to. JSON can name them, and nothing could encode them again.
+_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+def _bytes_only(text: str) -> str:
+    """``text`` with such code points as the bytes that the JSON would have had without an escape."""
+    return _SURROGATE.sub(
+        lambda found: found[0].encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape"), text
+    )
+
+
 def _text(reply: Reply) -> str:
     return "\n".join(reply.output)
 
@@ -87,6 +103,6 @@ def _json(reply: Reply) -> Optional[dict[str, Any]]:
     try:
         # 2.3 does not escape every control character.
         answer = json.loads(text, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return answer if isinstance(answer, dict) else None

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dovesyncd"
 LAYERS = (
     {"__init__"},
     {"core", "waiting"},
-    {"config", "watch", "logreader", "store", "doveadm", "userdb", "notify", "journal"},
+    {"config", "watch", "logreader", "store", "doveadm", "userdb", "notify", "journal", "peer"},
+    {"unwatched"},
     {"intake", "brain", "users"},
     {"daemon"},
 )

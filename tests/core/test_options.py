@@ -32,7 +32,7 @@ def test_one_table_is_enough() -> None:
     assert dataclasses.astuple(config.sync) == (0.1, 0.3, 2.0, 86400.0, 30.0, 300.0, 3600.0)
     assert dataclasses.astuple(config.users) == (("*",), (), (), 300.0)
     assert dataclasses.astuple(config.dovecot) == ("", "", "doveadm", "doveconf", "")
-    assert dataclasses.astuple(config.daemon) == ("", "info")
+    assert dataclasses.astuple(config.daemon) == ("", "info", 30.0)
 
 
 @pytest.mark.parametrize("section, fields", [*SECTIONS.items(), ("peer", PeerConfig)])

@@ -16,6 +16,8 @@ from dovesyncd.core.outcome import classify
 untimed = settings(deadline=None, print_blob=True)
 
 STATE = "AQAAAHm4+Jk="
+# What is said where there is nothing to quote.
+NO_WORD = " and no word: see Dovecot's logs on both sides"
 
 
 class Row(NamedTuple):
@@ -87,17 +89,17 @@ ROWS = [
     Row("no remote user", OutcomeClass.NOUSER_REMOTE, 67,
         ("doveadm(u2): remote(127.0.0.1:24112): doveadm(127.0.0.1,u2): cmd dsync-server: User doesn't exist",
          "doveadm(u2): cmd sync: Unknown user in remote"), text=1),
-    Row("no user, nobody says whose", OutcomeClass.NOUSER_REMOTE, 67, (), text="doveadm ended with exit code 67"),
+    Row("no user, nobody says whose", OutcomeClass.NOUSER_REMOTE, 67, (), text=f"doveadm ended with exit code 67{NO_WORD}"),
     Row("no remote user by ssh", OutcomeClass.NOUSER_REMOTE, 75,
         ("dsync(u): Remote command returned error 67: ssh b doveadm dsync-server",)),
     Row("quota, program", OutcomeClass.QUOTA, 73,
         ("warning|odd", "other", "dsync: Saving failed: Quota exceeded (mailbox for user is full)"), text=2),
     Row("quota, socket", OutcomeClass.QUOTA, -1, ("remote(b:1): Saving failed: Quota exceeded (mailbox is full)",)),
-    Row("quota, no words", OutcomeClass.QUOTA, 73, (), text="doveadm ended with exit code 73"),
+    Row("quota, no words", OutcomeClass.QUOTA, 73, (), text=f"doveadm ended with exit code 73{NO_WORD}"),
     Row("usage", OutcomeClass.CONFIG, 64, ("doveadm: doveadm: Unexpected or incomplete option: -U",)),
     Row("namespace not found", OutcomeClass.CONFIG, 68, ("Namespace not found: 'x'",)),
     # A mailbox that a user deleted meanwhile (MAIL_ERROR_NOTFOUND).
-    Row("not found", OutcomeClass.OTHER, 68, (), text="doveadm ended with exit code 68"),
+    Row("not found", OutcomeClass.OTHER, 68, (), text=f"doveadm ended with exit code 68{NO_WORD}"),
     Row("config", OutcomeClass.CONFIG, 78, ("Failed to initialize user: x",)),
     Row("unknown command", OutcomeClass.CONFIG, -1, ("doveadm: doveadm: Client sent unknown command: sync",)),
     Row("no ssh on this machine", OutcomeClass.CONFIG, 75,
@@ -118,14 +120,27 @@ ROWS = [
     Row("died without a word, 2.4", OutcomeClass.CRASH, None, (), "doveadm-server died", "doveadm-server died"),
     Row("killed", OutcomeClass.CRASH, None, (), "killed by signal 9", "killed by signal 9"),
     Row("fatal exit", OutcomeClass.CRASH, 83, ("fatal|Out of memory",)),
-    Row("fatal exit, no words", OutcomeClass.CRASH, 89, (), text="doveadm ended with exit code 89"),
+    Row("fatal exit, no words", OutcomeClass.CRASH, 89, (), text=f"doveadm ended with exit code 89{NO_WORD}"),
     Row("changed", OutcomeClass.CHANGED, 2, (), text="mailboxes changed during the sync"),
     Row("changed, program", OutcomeClass.CHANGED, 2,
         ("warning|Mailbox changes caused a desync. You may want to run dsync again: Remote lost mailbox GUID x",)),
     Row("changed, 2.3 socket", OutcomeClass.CHANGED, -1, (), text="mailboxes changed during the sync"),
-    Row("userdb of this side is down", OutcomeClass.OTHER, 75,
+    Row("userdb of this side is down", OutcomeClass.DOVECOT_DOWN, 75,
         ("auth-master: userdb lookup(u1): connect(/run/dovecot/auth-userdb) failed: Connection refused",)),
-    Row("temporary failure without a word", OutcomeClass.OTHER, 75, (), text="doveadm ended with exit code 75"),
+    Row("2.4's words for it", OutcomeClass.DOVECOT_DOWN, 75,
+        ("cmd sync: auth-master: passdb lookup(u1): connect(/run/dovecot/auth-userdb) failed: No such file",
+         "cmd sync: /run/dovecot/auth-userdb: passdb lookup failed (to see if user is proxied, because "
+         "doveadm_port is set)")),
+    Row("it goes just now", OutcomeClass.DOVECOT_DOWN, 75,
+        ("auth-master: userdb lookup(u1): Disconnected unexpectedly",)),
+    Row("userdb of the other side is down", OutcomeClass.PEER_DOWN, 75,
+        ("remote(10.0.0.1:12345): auth-master: userdb lookup(u1): connect(/run/dovecot/auth-userdb) failed: x",)),
+    Row("mailbox locked by a hung sync", OutcomeClass.BUSY, 75,
+        ("brain M: Failed to lock mailbox INBOX for dsyncing: file_create_locked(/m/.dovecot-box-sync.lock) "
+         "failed: fcntl(/m/.dovecot-box-sync.lock) locking failed: Timed out after 30 seconds",)),
+    Row("full disk of the other side", OutcomeClass.QUOTA, 75,
+        ("dsync-remote(u1): write(/m/tmp/x) failed: No space left on device",)),
+    Row("temporary failure without a word", OutcomeClass.OTHER, 75, (), text=f"doveadm ended with exit code 75{NO_WORD}"),
     Row("permission", OutcomeClass.OTHER, 77, ("warning|w", "Mailbox x: Permission denied"), text=1),
     Row("neither socket nor program", OutcomeClass.OTHER, None, (), "/run/x: No such file or directory",
         "/run/x: No such file or directory"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Optional
 
 import pytest
 
-from dovesyncd.core import debounce, dsync_state, retry
+from dovesyncd.core import debounce, dsync_state, retry, schedule
 from dovesyncd.core.model import (
+    DUTIES,
+    PEER_OUTCOMES,
     ChangeKind,
     Job,
     JobKey,
@@ -38,7 +41,7 @@ def after(
     state: str = "",
     wants_full: bool = False,
 ) -> Job:
-    return retry.after(job, PENDING, sync, Outcome(kind, "text", state, wants_full), 200.0, 0.0, DAY)
+    return retry.after(job, PENDING, sync, Outcome(kind, "text", state, wants_full), 0.1, 200.0, 0.0, DAY)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,15 @@ def after(
         (Job(KEY, state="s", reasons=(ChangeKind.NEW_USER,)), STATELESS),
         (Job(KEY, attempts=1), STATELESS),
         (Job(KEY, attempts=2), FULL),
+        (Job(KEY, attempts=3), STATELESS),
+        (Job(KEY, attempts=4), STATELESS),
+        (Job(KEY, attempts=5), FULL),
+        (Job(KEY, attempts=5, last_outcome=OutcomeClass.OTHER), FULL),
+        (Job(KEY, attempts=5, last_outcome=OutcomeClass.CRASH), FULL),
+        *((Job(KEY, attempts=5, last_outcome=kind), STATELESS) for kind in PEER_OUTCOMES),
+        (Job(KEY, attempts=5, last_outcome=OutcomeClass.TIMEOUT), STATELESS),
+        (Job(KEY, attempts=5, last_outcome=OutcomeClass.NOUSER_REMOTE), STATELESS),
+        (Job(KEY, attempts=5, last_outcome=OutcomeClass.QUOTA), STATELESS),
         (Job(KEY, attempts=50), FULL),
         (Job(KEY, state="s", wants_full=True), FULL),
     ],
@@ -91,10 +103,10 @@ def test_a_change_under_a_sync_is_confirmed_from_the_state_before() -> None:
     assert retry.state_for(job) == S3
     begun = retry.begun(confirming, STATEFUL, 299)
     good = Outcome(OutcomeClass.OK, "", S2)
-    done = retry.after(begun, confirming, STATEFUL, good, 300.0, 0.0, DAY)
+    done = retry.after(begun, confirming, STATEFUL, good, 0.1, 300.0, 0.0, DAY)
     assert (done.contested_since, done.confirm_at, done.base_state) == (None, None, "")
     # A contest during the confirmation is the next one.
-    done = retry.after(retry.contested(begun, 299.5), confirming, STATEFUL, good, 300.0, 0.0, DAY)
+    done = retry.after(retry.contested(begun, 299.5), confirming, STATEFUL, good, 0.1, 300.0, 0.0, DAY)
     assert (done.contested_since, done.base_state, done.state) == (299.5, S3, S2)
 
 
@@ -102,7 +114,7 @@ def test_a_change_under_a_sync_is_confirmed_from_the_state_before() -> None:
 def test_a_confirmation_that_failed_is_still_due(outcome: OutcomeClass) -> None:
     confirming = replace(retry.contested(PENDING, 100), reasons=(ChangeKind.CONFIRMATION,))
     begun = retry.begun(confirming, STATEFUL, 200)
-    job = retry.after(begun, confirming, STATEFUL, Outcome(outcome, "text"), 200.0, 0.0, DAY)
+    job = retry.after(begun, confirming, STATEFUL, Outcome(outcome, "text"), 0.1, 200.0, 0.0, DAY)
     assert ChangeKind.CONFIRMATION in job.reasons
     assert job.base_state == "old"
     assert job.confirm_at is not None
@@ -149,7 +161,7 @@ def test_any_other_outcome_keeps_the_change_pending(outcome: OutcomeClass) -> No
 @pytest.mark.parametrize(
     "outcome",
     sorted(
-        set(OutcomeClass) - {OutcomeClass.OK, OutcomeClass.BUSY, OutcomeClass.CHANGED} - retry.PEER_OUTCOMES,
+        set(OutcomeClass) - {OutcomeClass.OK, OutcomeClass.BUSY, OutcomeClass.CHANGED} - PEER_OUTCOMES,
         key=lambda o: o.value,
     ),
 )
@@ -209,11 +221,11 @@ def test_persistent_change_may_be_two_guids(job: Job, suspect: bool) -> None:
 
 def test_the_ladder() -> None:
     job, seen = PENDING, []
-    for _ in range(4):
+    for _ in range(6):
         kind = retry.kind_of(job)
         job = after(OutcomeClass.OTHER, kind, job=debounce.clear(job))
         seen.append((kind, job.due - 200))
-    assert seen == [(STATEFUL, 0.5), (STATELESS, 1), (FULL, 2), (FULL, 4)]
+    assert seen == [(STATEFUL, 0.5), (STATELESS, 1), (FULL, 2), (STATELESS, 4), (STATELESS, 8), (FULL, 16)]
 
 
 def test_a_full_sync_that_dovecot_asks_for() -> None:
@@ -249,3 +261,79 @@ def test_passes_lie_evenly_in_the_interval() -> None:
     # A pass that came late keeps its user's place.
     key = keys[0]
     assert (retry.next_pass(key, passes[0] + 77, DAY) - passes[0]) % DAY == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("age", "destination", "kept"),
+    [
+        (retry.STATE_KEEPS, "tcp:b", True),
+        (retry.STATE_KEEPS + 1, "tcp:b", False),
+        (0.0, "tcp:c", False),
+        (None, "tcp:b", True),
+    ],
+)
+def test_a_state_has_its_time_and_its_peer(age: Optional[float], destination: str, kept: bool) -> None:
+    now = 1e6
+    last_success = None if age is None else now - age
+    job = Job(KEY, state="s", base_state="b", destination="tcp:b", last_success=last_success)
+    now_job = retry.without_old_state(job, now, destination)
+    assert (now_job.state, now_job.base_state) == (("s", "b") if kept else ("", ""))
+    assert now_job.destination == destination
+
+
+def test_who_gives_way_has_not_failed() -> None:
+    job = retry.called_off(STARTED, PENDING, Outcome(OutcomeClass.TIMEOUT, "slow"), 12.0, 200.0)
+    assert (job.attempts, job.pending, job.first_change) == (0, True, 100)
+    assert (job.state, job.due) == ("", 200 + retry.CALLED_OFF_PAUSE)
+    assert (job.last_outcome, job.last_seconds) == (OutcomeClass.TIMEOUT, 12)
+    assert job.confirm_at is not None, "it may have come halfway"
+    assert schedule.is_slow(job)
+
+
+def synced(job: Job, now: float, state: str, *kinds: ChangeKind, kind: SyncKind = STATEFUL) -> Job:
+    """The job after one more sync for ``kinds`` that left ``state``."""
+    pending = debounce.merge(job, kinds, now, Timings(0, 0, 0), idle=True)
+    begun = retry.begun(pending, kind, now)
+    return retry.after(begun, pending, kind, Outcome(OutcomeClass.OK, "", state), 0.1, now, 0.0, DAY)
+
+
+def test_syncs_that_change_nothing_are_counted() -> None:
+    job = Job(KEY, state=S1, last_success=0.0)
+    for number in range(3):
+        job = synced(job, 1.0 + number, S1, ChangeKind.FLAGS)
+        assert job.empty_syncs == number + 1
+    assert synced(job, 5, S2, ChangeKind.FLAGS).empty_syncs == 0
+    assert synced(job, 5, "", ChangeKind.FLAGS).empty_syncs == 0
+    assert synced(job, 5 + retry.EMPTY_WITHIN, S1, ChangeKind.FLAGS).empty_syncs == 0
+    # What the daemon does by itself does not count either way.
+    for duty in DUTIES:
+        assert synced(job, 5, S1, duty).empty_syncs == 3
+    assert synced(job, 5, S1, ChangeKind.FLAGS, kind=STATELESS).empty_syncs == 3
+
+
+def test_who_is_in_doubt_is_compared_mail_by_mail() -> None:
+    job = retry.in_doubt(replace(Job(KEY), state=S1, base_state=S2), 100.0)
+    done = synced(job, 101, S3, ChangeKind.LOG_GAP)
+    assert retry.confirmation_due(done, 102)
+    confirming = debounce.merge(done, {ChangeKind.CONFIRMATION}, 102, Timings(0, 0, 0), idle=True)
+    assert (retry.kind_of(confirming), retry.state_for(confirming)) == (STATEFUL, dsync_state.EMPTY)
+    # A first pass comes before that.
+    new = debounce.merge(
+        retry.in_doubt(Job(KEY), 100), {ChangeKind.NEW_USER}, 100, Timings(0, 0, 0), idle=True
+    )
+    assert not retry.confirmation_due(new, 1000)
+    assert retry.kind_of(new) is STATELESS
+
+
+def test_a_loop_gets_pauses() -> None:
+    job = Job(KEY, state=S1, last_success=0.0)
+    due = []
+    now = 1.0
+    for _ in range(debounce.EMPTY_ALLOWED + 10):
+        pending = debounce.merge(job, {ChangeKind.NEW_MAIL}, now, Timings(0, 0, 0), idle=True)
+        due.append(pending.due - now)
+        now = pending.due
+        job = synced(job, now, S1, ChangeKind.NEW_MAIL)
+    pauses = due[debounce.EMPTY_ALLOWED :]
+    assert set(due[: debounce.EMPTY_ALLOWED]) == {0}
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 
-from dovesyncd.core.model import ChangeKind, Job, JobKey, PeerName, Priority, User
-from dovesyncd.core.schedule import PROBE_FIRST, PROBE_LAST, Action, Duty, Schedule, SleepUntil, Start
+from dovesyncd.core.model import ChangeKind, Job, JobKey, OutcomeClass, PeerName, Priority, User
+from dovesyncd.core.schedule import (
+    PROBE_FIRST,
+    PROBE_LAST,
+    SLOW_AFTER,
+    Action,
+    Duty,
+    GiveWay,
+    Schedule,
+    SleepUntil,
+    Start,
+)
 
+DOWN = OutcomeClass.PEER_DOWN
 B, C = PeerName("b"), PeerName("c")
 FAR = 10.0**9
 
@@ -33,7 +45,7 @@ def idle(user: str, next_pass: float) -> Job:
 
 
 def schedule_of(*jobs: Job, **workers: int) -> Schedule:
-    schedule = Schedule({PeerName(name): count for name, count in (workers or {"b": 10}).items()})
+    schedule = Schedule({PeerName(name): count for name, count in (workers or {"b": 10}).items()}, 0)
     for one in jobs:
         schedule.put(one)
     return schedule
@@ -130,9 +142,9 @@ def test_a_job_of_an_unknown_peer_is_not_scheduled() -> None:
 def test_a_peer_that_is_down_is_probed_now_and_then() -> None:
     schedule = schedule_of(*(job(f"u{n}") for n in range(5)))
     running = started(schedule, 100)
-    assert schedule.peer_failed(B, running[0], 100)
+    assert schedule.peer_failed(B, running[0], DOWN, 100)
     for one in running:
-        assert not schedule.peer_failed(B, one, 100)
+        assert not schedule.peer_failed(B, one, DOWN, 100)
         schedule.ended(one)
         schedule.put(job(one.user))
     now = 100 + PROBE_FIRST
@@ -146,7 +158,7 @@ def test_a_peer_that_is_down_is_probed_now_and_then() -> None:
 def test_probes_pause_longer_up_to_the_last() -> None:
     schedule = schedule_of(job("u"))
     now, pauses = 0.0, []
-    schedule.peer_failed(B, key("v"), now)
+    schedule.peer_failed(B, key("v"), DOWN, now)
     for _ in range(10):
         sleep = schedule.next_action(now)
         assert isinstance(sleep, SleepUntil)
@@ -156,24 +168,24 @@ def test_probes_pause_longer_up_to_the_last() -> None:
         assert started(schedule, now) == [key("u")]
         schedule.ended(key("u"))
         schedule.put(job("u"))
-        schedule.peer_failed(B, key("u"), now)
+        schedule.peer_failed(B, key("u"), DOWN, now)
     assert pauses[:3] == [PROBE_FIRST, PROBE_FIRST * 2, PROBE_FIRST * 4]
     assert pauses[-1] == PROBE_LAST
 
 
 def test_the_user_over_whom_the_peer_failed_is_not_its_only_probe() -> None:
     schedule = schedule_of(job("bad", first=1), job("good", first=50))
-    schedule.peer_failed(B, key("bad"), 100)
+    schedule.peer_failed(B, key("bad"), DOWN, 100)
     assert started(schedule, 100 + PROBE_FIRST) == [key("good")]
     # Where there is no other, it is.
     schedule = schedule_of(job("bad"))
-    schedule.peer_failed(B, key("bad"), 100)
+    schedule.peer_failed(B, key("bad"), DOWN, 100)
     assert started(schedule, 100 + PROBE_FIRST) == [key("bad")]
 
 
 def test_a_clock_that_is_set_back_does_not_stop_the_probes() -> None:
     schedule = schedule_of(job("u"))
-    schedule.peer_failed(B, key("v"), 1_000_000)
+    schedule.peer_failed(B, key("v"), DOWN, 1_000_000)
     sleep = schedule.next_action(1000)
     assert sleep == SleepUntil(1000 + PROBE_LAST)
 
@@ -198,7 +210,7 @@ def test_a_busy_user_reaches_both_peers() -> None:
 
 def test_what_no_longer_counts_does_not_pile_up() -> None:
     schedule = schedule_of(*(job(f"u{n}") for n in range(100)))
-    schedule.peer_failed(B, key("x"), 0)
+    schedule.peer_failed(B, key("x"), DOWN, 0)
     for n in range(20_000):
         schedule.put(job(f"u{n % 100}", due=0))
         schedule.next_action(0)
@@ -209,15 +221,15 @@ def test_what_no_longer_counts_does_not_pile_up() -> None:
 
 def test_after_the_peer_is_back_all_flow_again() -> None:
     schedule = schedule_of(*(job(f"u{n}") for n in range(3)))
-    schedule.peer_failed(B, key("x"), 50)
-    assert schedule.peer_answered(B) == 50
-    assert schedule.peer_answered(B) is None
+    schedule.peer_failed(B, key("x"), DOWN, 50)
+    assert schedule.peer_answered(B, 99) == 50
+    assert schedule.peer_answered(B, 99) is None
     assert len(started(schedule, 50)) == 3
 
 
 def test_one_peer_down_does_not_stop_the_other() -> None:
     schedule = schedule_of(job("u"), job("v", peer=C), b=1, c=1)
-    schedule.peer_failed(B, key("x"), 1)
+    schedule.peer_failed(B, key("x"), DOWN, 1)
     assert started(schedule, 1) == [key("v", C)]
 
 
@@ -258,3 +270,102 @@ def test_nothing_is_lost_whatever_happens() -> None:
         for ended in sorted(running):
             schedule.ended(ended)
         running.clear()
+
+
+def slow(user: str, due: float = 0) -> Job:
+    return replace(job(user, due), last_outcome=OutcomeClass.TIMEOUT, last_seconds=SLOW_AFTER)
+
+
+@pytest.mark.parametrize(
+    ("workers", "known_slow", "others", "begun"),
+    [
+        (4, 8, 0, 2),
+        (4, 8, 8, 4),
+        (5, 8, 0, 2),
+        (2, 3, 3, 2),
+        # With one slot, half of it is all of it: nobody is locked out for ever.
+        (1, 3, 0, 1),
+    ],
+)
+def test_known_slow_users_have_half_of_the_slots(
+    workers: int, known_slow: int, others: int, begun: int
+) -> None:
+    jobs = [slow(f"s{n}") for n in range(known_slow)] + [job(f"u{n}", first=1) for n in range(others)]
+    schedule = schedule_of(*jobs, b=workers)
+    running = started(schedule, 5)
+    assert len(running) == begun
+    assert sum(one.user.startswith("s") for one in running) == max(1, workers // 2)
+
+
+def test_a_success_and_a_quick_failure_end_it() -> None:
+    schedule = schedule_of(
+        replace(slow("a"), last_outcome=OutcomeClass.OK),
+        replace(slow("b"), last_seconds=SLOW_AFTER - 1),
+        replace(slow("c"), last_outcome=OutcomeClass.OTHER),
+        slow("d"),
+        b=2,
+    )
+    assert {one.user for one in started(schedule, 5)} == {"a", "b"}
+
+
+def test_syncs_that_become_slow_give_way_beyond_half_of_the_slots() -> None:
+    schedule = schedule_of(*(job(f"h{n}", first=n) for n in range(4)), b=4)
+    for now in range(4):
+        action = schedule.next_action(now)
+        assert action == Start(key(f"h{now}"))
+        schedule.started(key(f"h{now}"), now)
+        schedule.remove(key(f"h{now}"))
+    # Nobody waits: they may take as long as they need.
+    assert schedule.next_action(100) == SleepUntil(None)
+    schedule.put(job("u", due=5))
+    # The third of them is one too many as soon as it is slow.
+    assert schedule.next_action(5) == SleepUntil(2 + SLOW_AFTER)
+    assert schedule.next_action(2 + SLOW_AFTER) == GiveWay(key("h2"))
+    assert schedule.next_action(100) == GiveWay(key("h3"))
+    schedule.gives_way(key("h3"))
+    # One at a time.
+    assert schedule.next_action(100) == SleepUntil(None)
+    schedule.ended(key("h3"))
+    schedule.put(slow("h3", due=101))
+    assert schedule.next_action(100) == Start(key("u"))
+
+
+def test_nobody_gives_way_while_the_peer_may_be_to_blame() -> None:
+    schedule = schedule_of(*(job(f"h{n}") for n in range(4)), b=4)
+    assert len(started(schedule, 0)) == 4
+    schedule.put(job("u", due=5))
+    schedule.peers[B].doubted = True
+    assert schedule.next_action(100) == SleepUntil(None)
+    schedule.peers[B].doubted = False
+    assert isinstance(schedule.next_action(100), GiveWay)
+
+
+def test_slow_users_who_wait_make_nobody_give_way() -> None:
+    schedule = schedule_of(*(job(f"h{n}") for n in range(4)), b=4)
+    assert len(started(schedule, 0)) == 4
+    schedule.put(slow("s"))
+    assert schedule.next_action(100) == SleepUntil(None)
+
+
+def test_known_slow_ones_keep_their_slots() -> None:
+    schedule = schedule_of(slow("s0"), slow("s1"), job("h0"), job("h1"), b=4)
+    assert len(started(schedule, 0)) == 4
+    schedule.put(job("u", due=1))
+    assert schedule.next_action(SLOW_AFTER) in (GiveWay(key("h0")), GiveWay(key("h1")))
+
+
+def test_after_an_outage_the_order_is_that_of_priority() -> None:
+    """However long some have waited: nobody could have been served before."""
+    old, young = job("old", first=0), job("mail", priority=Priority.HIGH, first=3600)
+    schedule = schedule_of(old, young, b=1)
+    schedule.peer_failed(B, key("x"), DOWN, 1)
+    assert schedule.next_action(5000) == Start(key("old"))
+    schedule.peer_answered(B, 5000)
+    assert schedule.next_action(5000) == Start(key("mail"))
+    schedule.put(job("late", first=5000))
+    schedule.put(job("mail", priority=Priority.HIGH, first=5901, due=5901))
+    # From then on the old ones grow older.
+    assert [one.user for one in started(schedule_of(*schedule.jobs.values(), b=10), 6000)][:2] == [
+        "old",
+        "late",
+    ]

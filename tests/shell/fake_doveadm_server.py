@@ -218,8 +218,8 @@ class FakeDoveadmServer:
             await reader.read()
             return
         data = answer.encode()
-        for at in range(0, len(data), answer.piece or len(data)):
-            writer.write(data[at : at + (answer.piece or len(data))])
+        for at in range(0, len(data), answer.piece or len(data) or 1):
+            writer.write(data[at : at + (answer.piece or len(data) or 1)])
             await writer.drain()
             await asyncio.sleep(0)
         if answer.linger:

@@ -3,181 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Optional
 
 import pytest
 
 from dovesyncd import __version__
 from dovesyncd.core.options import parse
-from tests.shell.fake_doveadm_server import Answer, FakeDoveadmServer, Request
-from tests.shell.test_intake import MAIL, Box
+from tests.shell.fake_doveadm_server import Answer
+from tests.shell.site import STATE, Site, run, site
+from tests.shell.test_intake import MAIL
 from tests.shell.waiting import until
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-STATE = "AQAAAHm4+Jk="
-DOVECONF = """#!/bin/sh
-cat <<'END'
-# 2.4.1 (fake): /etc/dovecot/dovecot.conf
-base_dir = {base}
-first_valid_uid = 0
-mail_driver = maildir
-mail_path = ~/Maildir
-namespace inbox {{
-  inbox = yes
-}}
-END
-"""
-CONFIG = """
-[sync]
-settle = "20ms"
-settle_low = "30ms"
-longest_wait = "100ms"
-[dovecot]
-doveconf = "{base}/doveconf"
-doveadm = "/nonexistent/doveadm"
-[daemon]
-state_directory = "{base}/state"
-[[peer]]
-name = "b"
-destination = "tcp:b:12345"
-"""
-
-
-class Site:
-    """A machine with a Dovecot that is played, users with mail, and a service manager's socket."""
-
-    def __init__(self, base: Path, users: tuple[str, ...]) -> None:
-        self.base, self.users = base, users
-        self.sync: Callable[[Request], Answer] = lambda request: Answer.ok(STATE)
-        self.server = FakeDoveadmServer(str(base / "doveadm-server"), self.answer)
-        self.config = base / "dovesyncd.toml"
-        self.config.write_text(CONFIG.format(base=base))
-        doveconf = base / "doveconf"
-        doveconf.write_text(DOVECONF.format(base=base))
-        doveconf.chmod(0o755)
-        self.inbox = {user: Box(base / "vmail" / user / "Maildir").create() for user in users}
-        self.said: list[str] = []
-        self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self.manager.bind(str(base / "notify"))
-        self.daemon: Optional[asyncio.subprocess.Process] = None
-
-    def answer(self, request: Request) -> Answer:
-        if request.command == "sync":
-            return self.sync(request)
-        if request.command == "mailbox path":
-            return Answer.ok(f"{self.base}/vmail/{request.user}/Maildir/.{request.args[-1]}")
-        assert request.command == "user"
-        if request.args == ("*",):
-            return Answer.ok(json.dumps({"userList": self.users}))
-        fields = {name: {"uid": "0", "home": f"{self.base}/vmail/{name}"} for name in request.args}
-        return Answer.ok(json.dumps(fields))
-
-    @property
-    def synced(self) -> list[str]:
-        return [request.user for request in self.server.requests if request.command == "sync"]
-
-    async def start(self, **environ: str) -> None:
-        self.said.clear()
-        self.server.requests.clear()
-        self.daemon = await program(
-            "--config", str(self.config), NOTIFY_SOCKET=str(self.base / "notify"), **environ
-        )
-
-    def hear(self) -> None:
-        """Takes what has come for the service manager; a daemon that nobody hears would wait one day."""
-        while True:
-            try:
-                self.said += self.manager.recv(4096).decode().split("\n")
-            except BlockingIOError:
-                return
-
-    def told(self, word: str) -> bool:
-        """Whether a message that contains ``word`` has come to the service manager."""
-        self.hear()
-        return any(word in line for line in self.said)
-
-    async def until_told(self, word: str) -> None:
-        await until(lambda: self.told(word), f"{word} among {self.said}")
-
-    async def at_rest(self) -> None:
-        """Until the daemon says that nothing is left to do."""
-        self.hear()
-        self.said.clear()
-        await self.until_told(f"STATUS={len(self.users)} users, 0 pending, 0 running")
-
-    async def stop(self) -> tuple[int, str]:
-        """With SIGTERM: the exit status and what was logged."""
-        assert self.daemon is not None
-        self.daemon.terminate()
-        return await self.ended()
-
-    async def ended(self) -> tuple[int, str]:
-        assert self.daemon is not None
-        daemon, self.daemon = self.daemon, None
-        try:
-            _, log = await asyncio.wait_for(daemon.communicate(), 10)
-        except asyncio.TimeoutError:
-            daemon.kill()
-            _, log = await daemon.communicate()
-            pytest.fail(f"did not end: {log.decode()}")
-        assert daemon.returncode is not None
-        return daemon.returncode, log.decode()
-
-
-async def program(*arguments: str, **environ: str) -> asyncio.subprocess.Process:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM", "STATE_DIRECTORY")
-    }
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "dovesyncd.daemon",
-        *arguments,
-        env={**kept, "PYTHONPATH": str(Path(__file__).parents[2]), **environ},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-
-
-async def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
-    process = await program(*arguments, **environ)
-    output, log = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, output.decode(), log.decode()
-
-
-@asynccontextmanager
-async def site(state: Path, *users: str) -> AsyncIterator[Site]:
-    it = Site(state, users)
-    loop = asyncio.get_running_loop()
-    loop.add_reader(it.manager, it.hear)
-    try:
-        async with it.server:
-            try:
-                yield it
-            finally:
-                if it.daemon is not None:
-                    it.daemon.kill()
-                    _, log = await it.daemon.communicate()
-                    print(log.decode())
-    finally:
-        loop.remove_reader(it.manager)
-        it.manager.close()
 
 
 # Running ------------------------------------------------------------------------------------------------
@@ -368,3 +213,113 @@ async def test_a_callback_that_fails_ends_it(state: Path) -> None:
     assert status == 1
     assert "a callback failed" in log
     assert "LookupError: a bug" in log
+
+
+# Reloading ----------------------------------------------------------------------------------------------
+
+
+async def reload(it: Site, *lines: str) -> None:
+    """With these lines at the end of the configuration instead of those of the last time."""
+    base, _, _ = it.config.read_text().partition("# more\n")
+    it.config.write_text("\n".join([base + "# more", *lines, ""]))
+    it.said.clear()
+    assert it.daemon is not None
+    it.daemon.send_signal(signal.SIGHUP)
+    await it.until_told("READY=1")
+    assert it.said.index("RELOADING=1") < it.said.index("READY=1")
+    assert any(line.startswith("MONOTONIC_USEC=") for line in it.said)
+
+
+def destinations(it: Site, user: str) -> list[str]:
+    return [
+        request.args[-1]
+        for request in it.server.requests
+        if request.command == "sync" and request.user == user
+    ]
+
+
+async def test_a_reload_loses_no_change_and_no_watch(state: Path) -> None:
+    async with site(state, "ann", "bob") as it:
+        await it.start()
+        # With a new database the first passes are confirmed.
+        await until(lambda: len(it.synced) == 4, "two syncs each")
+        await it.at_rest()
+        it.server.requests.clear()
+        await reload(it, "[[peer]]", 'name = "c"', 'destination = "tcp:c:12345"')
+        # The new peer gets everyone, the other one nobody.
+        await until(lambda: destinations(it, "bob") == ["tcp:c:12345"], "bob to c")
+        await it.at_rest()
+        assert destinations(it, "ann") == ["tcp:c:12345"]
+        gate = asyncio.Event()
+        it.sync = lambda request: Answer.ok(STATE).with_(after=gate)
+        it.inbox["ann"].user_does(MAIL)
+        await until(lambda: len(destinations(it, "ann")) == 2, "ann's sync runs")
+        it.inbox["bob"].user_does(MAIL)
+        await reload(it)
+        gate.set()
+        await it.at_rest()
+        assert destinations(it, "ann").count("tcp:b:12345") == 1
+        assert destinations(it, "bob").count("tcp:b:12345") == 1
+        it.inbox["bob"].user_does(MAIL)
+        await until(lambda: destinations(it, "bob").count("tcp:b:12345") == 2, "it is still watched")
+        await it.at_rest()
+        # What changed while the peer was not configured was not noted for it: everyone is compared.
+        before = len(it.server.requests)
+        await reload(it, "[[peer]]", 'name = "c"', 'destination = "tcp:c:12345"')
+        await until(
+            lambda: (
+                sorted(r.user for r in it.server.requests[before:] if r.command == "sync") == ["ann", "bob"]
+            ),
+            "both to c",
+        )
+        compared = [r for r in it.server.requests[before:] if r.command == "sync"]
+        assert {(r.args[-1], r.option("-s")) for r in compared} == {("tcp:c:12345", "")}
+        status, log = await it.stop()
+    assert (status, log.count("The configuration was reloaded")) == (0, 3)
+    assert "Traceback" not in log
+
+
+async def test_a_reload_while_a_sync_hangs_at_a_peer_that_moves(state: Path) -> None:
+    async with site(state, "ann") as it:
+        await it.start()
+        await it.at_rest()
+        it.sync = lambda request: Answer.hanging() if "tcp:b:12345" in request.args else Answer.ok(STATE)
+        it.inbox["ann"].user_does(MAIL)
+        await until(lambda: len(it.synced) == 2, "ann's sync")
+        text = it.config.read_text()
+        it.config.write_text(text.replace("tcp:b:12345", "tcp:elsewhere:12345"))
+        await reload(it)
+        await until(lambda: destinations(it, "ann")[-1] == "tcp:elsewhere:12345", "the new place")
+        await it.at_rest()
+        assert next(reversed(it.server.requests)).option("-s") == "", "the state was the other peer's"
+        assert not it.server.open
+        assert (await it.stop())[0] == 0
+
+
+async def test_a_broken_reload_changes_nothing(state: Path) -> None:
+    async with site(state, "ann") as it:
+        await it.start()
+        await it.at_rest()
+        await reload(it, "[users]", "include = 5")
+        it.config.write_text("[[peer\n")
+        await reload(it)
+        it.inbox["ann"].user_does(MAIL)
+        await until(lambda: it.synced == ["ann", "ann"], "all is as it was")
+        await it.at_rest()
+        status, log = await it.stop()
+    assert status == 0
+    assert log.count("The configuration was not reloaded") == 2
+    assert "users.include = 5: expected" in log
+
+
+async def test_a_reload_of_the_users(state: Path) -> None:
+    async with site(state, "ann", "bob") as it:
+        text = it.config.read_text()
+        it.config.write_text(text + '[users]\nexclude = ["bob"]\n')
+        await it.start()
+        await until(lambda: it.synced == ["ann"], "ann's")
+        it.config.write_text(text + '[users]\nexclude = ["ann"]\n')
+        assert it.daemon is not None
+        it.daemon.send_signal(signal.SIGHUP)
+        await until(lambda: it.synced == ["ann", "bob"], "bob's")
+        assert (await it.stop())[0] == 0

@@ -780,6 +780,7 @@ async def test_without_watches_scans_still_find_changes(
         for expected in ({ChangeKind.NEW_MAIL}, NOTHING):
             it.intake.scan_all()
             assert await it.news() == expected
+        await until(lambda: "limit of inotify watches" in caplog.text, "the message")
         assert caplog.text.count("limit of inotify watches") == 1
 
 
@@ -809,8 +810,8 @@ async def test_work_is_not_stuck_by_an_old_scan(
         it.intake._scanned_at -= 3600
         watch_arrivals = it.intake._watch_arrivals
 
-        def late(path: str) -> object:
-            ancestor = watch_arrivals(path)
+        def late(path: str, home: str) -> object:
+            ancestor = watch_arrivals(path, home)
             Path(account.index_root).mkdir(parents=True, exist_ok=True)
             return ancestor
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dovesyncd import logreader
 from dovesyncd.core.classify import News
 from dovesyncd.core.model import ChangeKind, LogPosition
 from dovesyncd.logreader import Reading
 from tests.core.logdata import VERSIONS, LogCase, cases, transaction_logs
+from tests.core.test_fuzz import LOGS, damaged
+from tests.core.test_translog import size_field
+from tests.fuzz.checks import LogFiles
 
 GAP = frozenset({ChangeKind.LOG_GAP})
 NOTHING: frozenset[ChangeKind] = frozenset()
@@ -110,8 +116,15 @@ def test_an_endless_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     log(tmp_path).write_bytes(ONE.data[:size] + b"\x80\xff\xff\xff" + bytes(4000))
     reading = news(tmp_path)
     assert reading.news.kinds == GAP
-    assert "endless" in reading.trouble
+    assert "more than 1024 bytes" in reading.trouble
     assert reading.position.offset == size + 4004
+
+
+@settings(deadline=None, print_blob=True, max_examples=60)
+@given(st.one_of(st.just(b""), damaged(LOGS)), damaged(LOGS), st.lists(st.integers(0, 1 << 16), max_size=4))
+def test_damaged_logs_in_files(older: bytes, newer: bytes, cuts: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as directory, contextlib.closing(LogFiles(Path(directory))) as files:
+        files.live(older, newer, cuts)
 
 
 # Rotation -----------------------------------------------------------------------------------------
@@ -214,24 +227,163 @@ def test_truncated(tmp_path: Path) -> None:
     assert ChangeKind.LOG_GAP in news(tmp_path, position).news.kinds
 
 
-def test_corrupt_is_a_gap_and_reading_goes_on_behind_it(tmp_path: Path) -> None:
-    (case,) = cases(
-        version="2.4.1", storage="maildir", row="store-flag", phase="action", side="a", kind="index"
-    )
+BAD = b"\x80\x80\x80\x83" + b"\xff" * 32
+FLAG_STEP = next(
+    case
+    for case in cases(version="2.4.1", storage="maildir", row="store-flag", phase="action", kind="index")
+    if case.side == "a"
+)
+
+
+def later(path: Path) -> None:
+    """Gives the file a time that it has not had, however coarse the clock of the file system is."""
+    os.utime(path, ns=(0, os.stat(path).st_mtime_ns + 10**9))
+
+
+@pytest.mark.parametrize("left", [b"", b"\x80\x80\x81\x80"], ids=["whole", "within a record"])
+def test_behind_a_corrupt_record_every_change_is_a_gap(left: bytes, tmp_path: Path) -> None:
+    """Wherever the file ended when it was found out, and told once."""
+    case = FLAG_STEP
     log(tmp_path).write_bytes(case.data[: case.start])
     position = news(tmp_path).position
     assert position.offset == case.start
-    append(log(tmp_path), b"\x80\x80\x80\x83" + b"\xff" * 32)
+    append(log(tmp_path), BAD + left)
     reading = news(tmp_path, position)
     assert reading.news.kinds == GAP
     assert str(case.start) in reading.trouble
-    assert reading.position.offset == case.start + 36
-    assert unchanged(tmp_path, reading.position)
-    again = news(tmp_path, reading.position)
-    assert (again.news.kinds, again.trouble, again.position) == (NOTHING, "", reading.position)
+    assert reading.position.offset == case.start + len(BAD + left)
+    for _ in range(3):
+        assert unchanged(tmp_path, reading.position)
+        assert news(tmp_path, reading.position) == (News(NOTHING), reading.position, "")
+        append(log(tmp_path), case.news)
+        assert not unchanged(tmp_path, reading.position)
+        reading = news(tmp_path, reading.position)
+        assert (reading.news.kinds, reading.trouble) == (GAP, "")
+        later(log(tmp_path))
+        assert not unchanged(tmp_path, reading.position)
+        reading = news(tmp_path, reading.position)
+        assert (reading.news.kinds, reading.trouble) == (GAP, "")
+    assert not continued(tmp_path, reading.position), "nobody knows what it had in it"
+
+
+def test_a_corrupt_record_that_dovecot_cuts_off(tmp_path: Path) -> None:
+    """mail_transaction_log_file_sync() truncates what it can't read; the log is a good one again."""
+    case = FLAG_STEP
+    log(tmp_path).write_bytes(case.data[: case.start] + BAD)
+    corrupt = news(tmp_path)
+    assert corrupt.trouble
+    os.truncate(log(tmp_path), case.start)
+    again = news(tmp_path, corrupt.position)
+    assert again.news.kinds >= GAP
+    assert (again.trouble, again.position.offset) == ("", case.start)
     append(log(tmp_path), case.news)
-    rest = news(tmp_path, reading.position)
-    assert (rest.trouble, rest.news.kinds) == ("", {ChangeKind.FLAGS})
+    assert news(tmp_path, again.position).news.kinds == {ChangeKind.FLAGS}
+
+
+def test_a_corrupt_log_is_rotated(rotation: Rotation, tmp_path: Path) -> None:
+    log(tmp_path).write_bytes(rotation.before + BAD)
+    position = news(tmp_path).position
+    log(tmp_path).write_bytes(rotation.rotated)
+    log(tmp_path).rename(log_2(tmp_path))
+    log(tmp_path).write_bytes(rotation.after)
+    after = news(tmp_path, position)
+    assert after.news.kinds == GAP | news(tmp_path).news.kinds
+    assert (after.trouble, after.position) == ("", news(tmp_path).position)
+
+
+def test_a_rotated_log_that_is_not_whole_is_a_gap(rotation: Rotation, tmp_path: Path) -> None:
+    position = rotated(rotation, tmp_path)
+    with open(log_2(tmp_path), "r+b") as file:
+        file.seek(position.offset)
+        file.write(bytes(4))
+    assert ChangeKind.LOG_GAP in news(tmp_path, position).news.kinds
+
+
+@pytest.mark.parametrize("size", [(16 << 20) + 4, 0x3FFFFFFC])
+def test_no_record_is_waited_for_for_ever(size: int, tmp_path: Path) -> None:
+    """A size that no record has is not one that is not all there yet."""
+    log(tmp_path).write_bytes(ONE.data + size_field(size) + bytes(60))
+    reading = news(tmp_path)
+    assert f"record of {size} bytes" in reading.trouble
+    assert ChangeKind.LOG_GAP in reading.news.kinds
+
+
+def test_a_log_of_holes_costs_no_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its records are whole and in order, a terabyte of them: who owns the file can make that with ease."""
+    header = ONE.data[: ONE.dump.header.hdr_size]
+    record_of = 8 << 20
+    with open(log(tmp_path), "wb") as file:
+        file.write(header)
+        for number in range(8):
+            file.seek(len(header) + number * record_of)
+            file.write(size_field(record_of) + b"\2\0\0\x10")
+    os.truncate(log(tmp_path), 1 << 40)
+    taken = []
+    pread = os.pread
+
+    def counting(fd: int, size: int, offset: int) -> bytes:
+        data = pread(fd, size, offset)
+        taken.append(len(data))
+        return data
+
+    monkeypatch.setattr(os, "pread", counting)
+    reading = news(tmp_path)
+    assert reading.news.kinds == GAP
+    assert reading.position.offset == 1 << 40
+    assert not continued(tmp_path, reading.position._replace(digest=1))
+    os.truncate(log(tmp_path), len(header) + record_of)
+    assert news(tmp_path).news.kinds == {ChangeKind.NEW_MAIL}
+    assert sum(taken) < 3 * record_of
+
+
+def test_a_time_beyond_all_bounds(tmp_path: Path) -> None:
+    """A user can give his file any time; a position has to fit into a column of 64 bits."""
+    log(tmp_path).write_bytes(ONE.data + BAD)
+    for seconds in (-(1 << 40), 1 << 34, 1 << 40):
+        with contextlib.suppress(OverflowError, OSError):
+            os.utime(log(tmp_path), (seconds, seconds))
+        position = news(tmp_path).position
+        assert 1 << 32 <= position.digest < 1 << 63
+        assert unchanged(tmp_path, position)
+
+
+def test_a_newer_major_version_is_told_once(tmp_path: Path) -> None:
+    """Not once a change, nor once a file: its Dovecot rotates it too."""
+    log(tmp_path).write_bytes(b"\2" + ONE.data[1:])
+    reading = news(tmp_path)
+    assert (reading.news.kinds, reading.trouble) == (GAP, "format version 2.3 is not 1.x")
+    for _ in range(2):
+        append(log(tmp_path), b"something new")
+        assert not unchanged(tmp_path, reading.position)
+        reading = news(tmp_path, reading.position)
+        assert (reading.news.kinds, reading.trouble) == (GAP, "")
+        assert unchanged(tmp_path, reading.position)
+        later(log(tmp_path))
+        assert not unchanged(tmp_path, reading.position), "overwritten in place, perhaps"
+        assert news(tmp_path, reading.position).news.kinds == GAP
+        log(tmp_path).rename(log_2(tmp_path))
+        log(tmp_path).write_bytes(b"\2" + ONE.data[1:])
+        reading = news(tmp_path, reading.position)
+        assert (reading.news.kinds, reading.trouble) == (GAP, "")
+    # And back.
+    log(tmp_path).rename(log_2(tmp_path))
+    log(tmp_path).write_bytes(ONE.data)
+    reading = news(tmp_path, reading.position)
+    assert reading.news.kinds > GAP
+    assert reading.position == news(tmp_path).position
+
+
+def test_a_newer_minor_version_is_read(tmp_path: Path) -> None:
+    """It may have records of new types: they count as changes, and what follows them is read."""
+    case = FLAG_STEP
+    new = size_field(12) + b"\0\0\x20\0" + b"1234"
+    log(tmp_path).write_bytes(case.data[:1] + b"\x09" + case.data[2 : case.start])
+    position = news(tmp_path).position
+    append(log(tmp_path), new)
+    reading = news(tmp_path, position)
+    assert (reading.news.kinds, reading.trouble) == (GAP, "")
+    append(log(tmp_path), case.news)
+    assert news(tmp_path, reading.position).news.kinds == {ChangeKind.FLAGS}
 
 
 @pytest.mark.parametrize("damage", ["indexid", "major", "header size"])

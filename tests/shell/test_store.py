@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import signal
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +24,6 @@ from dovesyncd.core.model import (
 )
 from dovesyncd.store import FILE_NAME, MIGRATIONS, Contents, CursorKey, Store
 from tests.shell.waiting import until
-from tests.system.waiting import wait_until
 
 PEER = PeerName("b")
 FULL_JOB = Job(
@@ -78,6 +72,20 @@ async def reopened(directory: Path) -> Contents:
     contents = store.load()
     await store.close()
     return contents
+
+
+async def filled(directory: Path, rows: int = 500) -> None:
+    """Writes that many jobs and positions."""
+    store = Store(str(directory))
+    for number in range(rows):
+        store.put_job(replace(FULL_JOB, key=JobKey(User(f"user{number}"), PEER)))
+        store.put_cursor(key(f"user{number}"), LogPosition(1, 1, 1, number, 1))
+    await store.close()
+
+
+def aside(directory: Path) -> list[str]:
+    """The files that have been set aside."""
+    return sorted(path.name for path in directory.iterdir() if "unreadable" in path.name)
 
 
 async def test_everything_survives(state: Path) -> None:
@@ -193,200 +201,7 @@ async def test_position_and_job_are_one_transaction(state: Path) -> None:
     assert on_disk(state) == (200, 200)
 
 
-WRITER = """
-import asyncio, sys
-from dataclasses import replace
-from dovesyncd.core.model import *
-from dovesyncd.store import CursorKey, Store
-
-async def main():
-    store = Store(sys.argv[1])
-    print("open", flush=True)
-    number = 0
-    while True:
-        for _ in range(7):
-            number += 1
-            user = User(f"user{number % 50}")
-            store.put_cursor(CursorKey(user, b"", b"log"), LogPosition(number, 1, 1, number, 1))
-            store.put_job(Job(JobKey(user, PeerName("b")), first_change=float(number)))
-        # Without a pause the loop would keep the interpreter from the thread that writes.
-        await asyncio.sleep(0.001)
-
-asyncio.run(main())
-"""
-
-
-async def test_kill_leaves_no_position_without_its_job(state: Path) -> None:
-    wal = state / f"{FILE_NAME}-wal"
-    for _ in range(5):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(state)], stdout=subprocess.PIPE)
-        try:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == b"open\n"
-            wait_until(lambda: os.path.getsize(wal) > 100_000, 10, "the writer writes")
-        finally:
-            writer.send_signal(signal.SIGKILL)
-            writer.communicate()
-        contents = await reopened(state)
-        assert contents.cursors
-        for cursor, position in contents.cursors.items():
-            assert contents.jobs[JobKey(cursor.user, PEER)].first_change == float(position.offset)
-
-
-# Errors ---------------------------------------------------------------------------------------------
-
-
-async def test_write_error_keeps_everything(
-    state: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(store_module, "RETRY_WRITE", 0.01)
-    store = Store(str(state))
-    other = sqlite3.connect(str(state / FILE_NAME), isolation_level=None)
-    other.execute("CREATE TRIGGER broken BEFORE INSERT ON job BEGIN SELECT RAISE(FAIL, 'disk on fire'); END")
-    store.put_cursor(key("ann"), LogPosition(1, 1, 1, 1, 1))
-    store.put_job(replace(FULL_JOB, attempts=1))
-    await until(lambda: store.failing_since is not None, "the error is noticed")
-    assert on_disk(state) == (0, 0), "the position was not written either"
-    store.put_job(replace(FULL_JOB, attempts=2))
-    store.put_cursor(key("bob"), LogPosition(1, 1, 1, 1, 1))
-    assert store.unwritten == 3
-    other.execute("DROP TRIGGER broken")
-    other.close()
-    await until(lambda: store.failing_since is None, "writing works again")
-    assert store.unwritten == 0
-    await store.close()
-    contents = await reopened(state)
-    assert set(contents.cursors) == {key("ann"), key("bob")}
-    assert contents.jobs[FULL_JOB.key].attempts == 2, "the newer one is not overwritten by the one put back"
-    messages = [record.getMessage() for record in caplog.records]
-    assert sum("disk on fire" in message for message in messages) == 1
-    assert sum("writing works again" in message for message in messages) == 1
-
-
-async def test_close_says_what_could_not_be_written(state: Path) -> None:
-    store = Store(str(state))
-    other = sqlite3.connect(str(state / FILE_NAME), isolation_level=None)
-    other.execute("CREATE TRIGGER broken BEFORE INSERT ON job BEGIN SELECT RAISE(FAIL, 'disk on fire'); END")
-    other.close()
-    store.put_job(FULL_JOB)
-    with pytest.raises(StoreError, match="1 rows could not be written"):
-        await store.close()
-    # The lock is free again.
-    assert (await reopened(state)).jobs == {}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting takes root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-async def test_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "RETRY_WRITE", 0.01)
-    store = Store(str(small_disk))
-    ballast = small_disk / "ballast"
-    free = os.statvfs(small_disk)
-    ballast.write_bytes(b"x" * (free.f_bavail * free.f_bsize))
-    jobs = [
-        replace(FULL_JOB, key=JobKey(User(f"user{number}"), PEER), state="A" * 400) for number in range(100)
-    ]
-    for job in jobs:
-        store.put_job(job)
-        store.put_cursor(key(job.key.user), LogPosition(1, 1, 1, 1, 1))
-    await until(lambda: store.failing_since is not None, "the disk is full")
-    assert store.unwritten == 200
-    ballast.unlink()
-    await until(lambda: not store.unwritten and store.failing_since is None, "there is room again")
-    await store.close()
-    contents = await reopened(small_disk)
-    assert set(contents.jobs.values()) == set(jobs)
-    assert len(contents.cursors) == 100
-
-
-async def test_read_only_disk(small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(StoreError, match="Read-only file system"):
-        Store(str(small_disk))
-
-
-async def test_no_room_to_begin(small_disk: Path) -> None:
-    (small_disk / "lock").touch()
-    free = os.statvfs(small_disk)
-    (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_bsize))
-    with pytest.raises(StoreError, match="full"):
-        Store(str(small_disk))
-
-
 # Other files in its place -----------------------------------------------------------------------------
-
-
-async def filled(directory: Path, rows: int = 500) -> None:
-    store = Store(str(directory))
-    for number in range(rows):
-        store.put_job(replace(FULL_JOB, key=JobKey(User(f"user{number}"), PEER)))
-        store.put_cursor(key(f"user{number}"), LogPosition(1, 1, 1, number, 1))
-    await store.close()
-
-
-def aside(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if "unreadable" in path.name)
-
-
-async def assert_begun_anew(directory: Path, damaged: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    store = Store(str(directory))
-    assert store.load() == ({}, {})
-    store.put_job(FULL_JOB)
-    await store.close()
-    assert (await reopened(directory)).jobs == {FULL_JOB.key: FULL_JOB}
-    (kept,) = (name for name in aside(directory) if not name.endswith(("-wal", "-shm")))
-    assert (directory / kept).read_bytes() == damaged
-    (message,) = (record for record in caplog.records if "can't be read" in record.getMessage())
-    assert message.levelno == logging.ERROR
-    assert kept in message.getMessage()
-
-
-async def test_a_file_that_is_no_database_is_set_aside(state: Path, caplog: pytest.LogCaptureFixture) -> None:
-    garbage = b"not a database at all, " * 1000
-    (state / FILE_NAME).write_bytes(garbage)
-    await assert_begun_anew(state, garbage, caplog)
-
-
-@pytest.mark.parametrize("page", [1, 2, 5])
-async def test_a_damaged_database_is_set_aside(
-    state: Path, caplog: pytest.LogCaptureFixture, page: int
-) -> None:
-    """Page 1 holds the schema, the others rows."""
-    await filled(state)
-    path = state / FILE_NAME
-    data = bytearray(path.read_bytes())
-    start = 100 if page == 1 else (page - 1) * 4096
-    data[start : start + 3000] = os.urandom(3000)
-    path.write_bytes(data)
-    await assert_begun_anew(state, bytes(data), caplog)
-
-
-async def test_words_that_no_version_wrote_are_set_aside(
-    state: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    await filled(state, 3)
-    with sqlite3.connect(str(state / FILE_NAME)) as db:
-        db.execute("UPDATE job SET reasons = 'TELEPATHY'")
-    db.close()
-    damaged = (state / FILE_NAME).read_bytes()
-    await assert_begun_anew(state, damaged, caplog)
-
-
-async def test_an_empty_file_is_filled(state: Path) -> None:
-    (state / FILE_NAME).touch()
-    assert await reopened(state) == ({}, {})
-    assert aside(state) == []
 
 
 async def test_a_newer_schema_is_refused_and_left_alone(state: Path) -> None:

@@ -24,7 +24,6 @@ class Seen:
         self.events: list[Event] = []
         self.reads = 0
         self.watch = Watch(self.take)
-        self.fd: int = self.watch._fd
 
     def take(self, events: list[Event]) -> None:
         self.reads += 1
@@ -168,8 +167,9 @@ async def test_drain_does_not_wait(seen: Seen, tmp_path: Path) -> None:
 
 
 async def test_the_descriptor_is_nonblocking_and_not_for_children(seen: Seen) -> None:
-    assert not os.get_blocking(seen.fd)
-    assert not os.get_inheritable(seen.fd)
+    seen.watch._start()
+    assert not os.get_blocking(seen.watch._fd)
+    assert not os.get_inheritable(seen.watch._fd)
     child = await asyncio.create_subprocess_exec(
         "ls", "-l", "/proc/self/fd", stdout=asyncio.subprocess.PIPE, close_fds=False
     )
@@ -185,6 +185,7 @@ async def test_the_limit_of_watches_has_a_name(
     def full(*_: object) -> int:
         return -1
 
+    seen.watch._start()
     wrapper = seen.watch._manager._inotify_wrapper
     monkeypatch.setattr(wrapper, "inotify_add_watch", full)
     monkeypatch.setattr(wrapper, "str_errno", lambda: "Errno=No space left on device (ENOSPC)")
@@ -198,8 +199,11 @@ async def test_the_limit_of_instances_has_a_name(monkeypatch: pytest.MonkeyPatch
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(pyinotify, "WatchManager", full)
+    it = Watch(lambda events: None)
+    it.drain()
     with pytest.raises(WatchError, match="max_user_instances") as caught:
-        Watch(lambda events: None)
+        it.arm(0)
+    it.close()
     assert caught.value.limit == "fs.inotify.max_user_instances"
 
 
