@@ -7,8 +7,9 @@ import random
 import smtplib
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.system.clients import Imap, RefusedError, message, ok, quoted
 from tests.system.mailstate import listed
@@ -18,51 +19,57 @@ from tests.system.pair import Pair
 _KEYWORDS = ("$Todo", "$Later", "NonJunk")
 _FLAGS = (r"\Seen", r"\Flagged", r"\Answered", r"\Draft")
 # Two clients at once get in each other's way: what one has just deleted, the other can't select.
-_EXPECTED = (RefusedError, imaplib.IMAP4.error, smtplib.SMTPException, OSError)
+EXPECTED = (RefusedError, imaplib.IMAP4.error, smtplib.SMTPException, OSError)
 
 
 class Churn:
     """``common_names``: both nodes take the names of new folders from one small pool, so that a folder
-    can be born on both at once. Dovecot 2.3.19 can't merge such folders; there each node has its own."""
+    can be born on both at once. Dovecot 2.3.19 can't merge such folders; there each node has its own.
+    ``keepers`` are users who never expunge a mail or delete a folder."""
 
-    def __init__(self, pair: Pair, users: Sequence[str], seed: int, common_names: bool) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        users: Sequence[str],
+        seed: int,
+        common_names: bool,
+        keepers: Collection[str] = frozenset(),
+    ) -> None:
         self._pair = pair
-        self._users = users
+        self.users = users
+        self.keepers = keepers
+        # The Message-IDs of the mails of each user that LMTP accepted on either node.
+        self.accepted: defaultdict[str, set[str]] = defaultdict(set)
+        # What was done: Unix time, user, text.
+        self.story: list[tuple[float, str, str]] = []
         self._seed = seed
         self._common_names = common_names
         self._names = 0
         self.done: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        self._errors: list[BaseException] = []
         self._lock = threading.Lock()
 
     def run(self, seconds: float, clients: int = 3) -> None:
         """``clients`` on each node work for so long. Raises what a client could not expect."""
         until = time.monotonic() + seconds
-        threads = [
-            threading.Thread(target=self._client, args=(node, number, until))
-            for node in self._pair
-            for number in range(clients)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self._errors:
-            raise self._errors[0]
+        with ThreadPoolExecutor(2 * clients) as pool:
+            runs = [
+                pool.submit(self._client, node, number, until)
+                for node in self._pair
+                for number in range(clients)
+            ]
+        for run in runs:
+            run.result()
 
     def _client(self, node: Node, number: int, until: float) -> None:
         rng = random.Random(f"{self._seed} {node.name} {number}")
-        try:
-            while time.monotonic() < until:
-                self._session(node, rng, rng.choice(self._users), until)
-        except BaseException as error:
-            self._errors.append(error)
-            raise
+        while time.monotonic() < until:
+            self._session(node, rng, rng.choice(self.users), until)
 
     def _session(self, node: Node, rng: random.Random, user: str, until: float) -> None:
         """A few things that one client of one user does in a row."""
-        work = rng.choices([one for one, _ in _WORK], [weight for _, weight in _WORK], k=rng.randrange(1, 6))
+        table = [row for row in _WORK if user not in self.keepers or row[0] not in _LOSES_MAIL]
+        work = rng.choices([one for one, _ in table], [weight for _, weight in table], k=rng.randrange(1, 6))
         try:
             with node.imap(user) as imap:
                 for one in work:
@@ -70,8 +77,10 @@ class Churn:
                     time.sleep(rng.random() * 0.05)
                     if time.monotonic() > until:
                         return
-        except _EXPECTED as error:
+        except EXPECTED as error:
             self._count(self.refused, f"session {type(error).__name__}")
+            # The server may be down: a client waits a little before it comes back.
+            time.sleep(rng.random() * 0.4)
 
     def _try(self, work: Work, node: Node, imap: Imap, rng: random.Random, user: str) -> None:
         name = work.__name__.lstrip("_")
@@ -79,14 +88,24 @@ class Churn:
             work(self, node, imap, rng, user)
         except imaplib.IMAP4.abort:
             raise
-        except _EXPECTED:
+        except EXPECTED:
             self._count(self.refused, name)
         else:
             self._count(self.done, name)
+            self.story.append((time.time(), user, f"client on {node.name}: {name}"))
 
     def _count(self, counter: Counter[str], name: str) -> None:
         with self._lock:
             counter[name] += 1
+
+    def deliver(self, node: Node, user: str) -> None:
+        """A new mail by LMTP, noted once the server has taken it."""
+        number = self.unique()
+        identity = f"<delivered.{number}@example.org>"
+        with node.lmtp() as client:
+            client.deliver([user], message(f"delivered {number}", identity))
+            with self._lock:
+                self.accepted[user].add(identity)
 
     def new_folder(self, node: Node, rng: random.Random) -> str:
         if self._common_names:
@@ -123,7 +142,7 @@ def _some(imap: Imap, rng: random.Random) -> str:
 
 
 def _deliver(churn: Churn, node: Node, imap: Imap, rng: random.Random, user: str) -> None:
-    node.deliver(user, message(f"delivered {churn.unique()}"))
+    churn.deliver(node, user)
 
 
 def _append(churn: Churn, node: Node, imap: Imap, rng: random.Random, user: str) -> None:
@@ -186,3 +205,4 @@ _WORK: tuple[tuple[Work, int], ...] = (
     (_subscribe, 2),
     (_unsubscribe, 1),
 )
+_LOSES_MAIL = (_expunge, _delete)

@@ -80,7 +80,10 @@ class Host(Node):
         units = etc / "systemd/system"
         shutil.copy(Path(__file__).with_name(_UNIT), units / _UNIT)
         (units / "dovecot.service.d").mkdir()
-        (units / "dovecot.service.d/test.conf").write_text("[Unit]\nStartLimitIntervalSec=0\n")
+        # Now and then a stop of Dovecot hangs: systemd ends it, but would wait for 90 s.
+        (units / "dovecot.service.d/test.conf").write_text(
+            "[Unit]\nStartLimitIntervalSec=0\n[Service]\nTimeoutStopSec=15\n"
+        )
         self._write_dovecot_config()
 
     def _write_dovecot_config(self) -> None:
@@ -160,6 +163,12 @@ class Host(Node):
         self._write_dovecot_config()
         self.run("systemctl", "restart", "dovecot.service")
 
+    def stop_dovecot(self) -> None:
+        self.run("systemctl", "stop", "dovecot.service")
+
+    def start_dovecot(self) -> None:
+        self.run("systemctl", "start", "dovecot.service")
+
     def cut(self, silent: bool = False) -> None:
         """Unplug this host's network cable. Clients that tests make still reach the host.
 
@@ -231,6 +240,21 @@ class Host(Node):
         self.run("journalctl", "--sync")
         query = ["--output=cat", "--no-pager", "--quiet", f"_SYSTEMD_INVOCATION_ID={self._invocation}"]
         return self.run("journalctl", *query, check=False).stdout.splitlines()
+
+    def daemon_journal(self, since: float) -> list[tuple[float, str]]:
+        """What every daemon of this host logged from ``since`` on, with its time (both Unix seconds)."""
+        self.run("journalctl", "--sync")
+        query = ["--output=short-unix", "--no-pager", "--quiet", f"--unit={_UNIT}", f"--since=@{since:.6f}"]
+        found = []
+        for line in self.run("journalctl", *query, check=False).stdout.splitlines():
+            # "1700000000.123456 host python3[123]: text"; the further lines of a message are indented.
+            head, _, text = line.partition("]: ")
+            time, _, _ = head.partition(" ")
+            if text and time.replace(".", "", 1).isdigit():
+                found.append((float(time), text))
+            elif found:
+                found.append((found[-1][0], line.strip()))
+        return found
 
     def _property(self, name: str) -> str:
         return self.run("systemctl", "show", "--property", name, "--value", _UNIT).stdout.strip()

@@ -50,7 +50,7 @@ class Instance(Node):
         self._dovecot: subprocess.Popen[bytes] | None = None
         self._daemon: _Daemon | None = None
         self.ports = _free_ports()
-        self._start_dovecot()
+        self.start_dovecot()
 
     @property
     def _environment(self) -> dict[str, str]:
@@ -76,10 +76,10 @@ class Instance(Node):
 
     def configure(self, storage: MailStorage) -> None:
         self.storage = storage
-        self._stop_dovecot()
-        self._start_dovecot()
+        self.stop_dovecot()
+        self.start_dovecot()
 
-    def _start_dovecot(self) -> None:
+    def start_dovecot(self) -> None:
         paths = Paths(mail=self._mail, index=self._index, users=self._users_file, log=self._log_file)
         own = (
             f"base_dir = {self.base_dir}\n"
@@ -116,7 +116,7 @@ class Instance(Node):
             return False
         return True
 
-    def _stop_dovecot(self) -> None:
+    def stop_dovecot(self) -> None:
         if self._dovecot is not None:
             self._dovecot.terminate()
             self._dovecot.communicate(timeout=20)
@@ -175,7 +175,7 @@ class Instance(Node):
     def close(self) -> None:
         self.stop_daemon()
         self._forget_daemon()
-        self._stop_dovecot()
+        self.stop_dovecot()
 
 
 class _Daemon:

@@ -13,6 +13,10 @@ from pathlib import Path
 from tests.system import node
 
 _CLONE_NEWNET = 0x40000000
+# tcp(7). Dovecot asks for SO_KEEPALIVE on both ends of its connections (lib/net.c), but by default the kernel
+# looks for a vanished peer only after two hours: dsync would wait until its own timeout, up to ten minutes,
+# and may hold the user's lock so long.
+_KEEPALIVE = {"tcp_keepalive_time": 30, "tcp_keepalive_intvl": 10, "tcp_keepalive_probes": 3}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,6 +41,9 @@ class Switch:
         _ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
         _ip("-n", namespace, "link", "set", "lo", "up")
         _ip("-n", namespace, "link", "set", "eth0", "up")
+        with _inside(namespace):
+            for name_below, value in _KEEPALIVE.items():
+                Path("/proc/sys/net/ipv4", name_below).write_text(str(value))
         self._hosts.append(namespace)
         return namespace
 

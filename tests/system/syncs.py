@@ -39,11 +39,17 @@ def count(pair: Pair) -> Counter[str]:
 
 
 def wait_first_passes(pair: Pair, users: Iterable[str], timeout: float = 60.0) -> None:
-    """Until every user's first stateless pass has succeeded on both nodes."""
+    """Until every user's first pass has succeeded on both nodes, and its confirmation: both databases have to
+    be new."""
     wanted = set(users)
+
+    def compared(node: Node) -> set[str]:
+        good = (sync for sync in syncs(node) if sync.outcome == "ok")
+        return {sync.user for sync in good if "confirmation" in sync.reason or sync.kind == "full"}
+
     for node in pair:
         wait_until(
-            lambda node=node: wanted <= {s.user for s in syncs(node) if s.outcome == "ok"},  # type: ignore[misc]
+            lambda node=node: wanted <= compared(node),  # type: ignore[misc]
             timeout,
             f"a first pass of all users on {node.name}",
         )

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
 
 import pytest
 
+from tests.system.chaos import KINDS, OVERFLOW, Chaos, plan
 from tests.system.churn import Churn
 from tests.system.clients import message, ok
-from tests.system.mailstate import wait_until_equal
+from tests.system.hosts import Host
+from tests.system.mailstate import snapshot, wait_until_equal
+from tests.system.node import Node
 from tests.system.pair import Pair
 from tests.system.syncs import syncs, wait_first_passes
+from tests.system.waiting import wait_until
 
 USERS = 10
-SECONDS = float(os.environ.get("CHURN_SECONDS", "15"))
+SECONDS = 15.0
 RUNS = int(os.environ.get("CHURN_RUNS", "1"))
 DEBUG = '[daemon]\nlog_level = "debug"\n'
 # Within so many seconds of the end both nodes are equal.
 EQUAL_WITHIN = 10.0
+CHAOS_SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
+# After the last fault is lifted: a peer that was down is asked again after a minute at most.
+EQUAL_AFTER_FAULTS = 150.0
+_SYNC = re.compile(r"(?P<user>\S+) -> \S+: (?P<reason>[a-z ,]+): \w+ sync (?P<outcome>[a-z-]+) in ")
 
 
 def _seed(run: int) -> int:
@@ -91,3 +102,88 @@ def test_equal_though_the_daemons_are_killed(pair: Pair, run: int) -> None:
         churn.run(0.5)
         node.start_daemon(DEBUG + pair.peer_table(node))
     _check(pair, users, seed, churn)
+
+
+def test_a_seed_repeats_the_faults() -> None:
+    first, again, other = (list(islice(plan(seed, "a"), 50)) for seed in (7, 7, 8))
+    assert first == again != other
+    assert {fault.kind for fault in first[: len(first) // 2]} == set(KINDS)
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+def test_equal_and_nothing_lost_after_faults(hosts: Pair, run: int) -> None:
+    seed = _seed(run)
+    users = _existing_users(hosts)
+    churn = Churn(hosts, users, seed, common_names=hosts.version == "2.4", keepers=users[::2])
+    chaos = Chaos(hosts, churn, seed, DEBUG)
+    print(f"\n{hosts.version} SEED={seed}: {CHAOS_SECONDS:g} s of faults")
+    try:
+        with chaos:
+            churn.run(CHAOS_SECONDS)
+        print(f"faults {dict(Counter(chaos.done))}; {dict(churn.done)}, refused {dict(churn.refused)}")
+        _equal_and_complete(hosts, churn, chaos)
+    except BaseException as error:
+        user = str(error).partition(" ")[0]
+        print(f"SEED={seed} failed: {error}\n" + "\n".join(_story(hosts, churn, chaos, user)))
+        raise
+    assert churn.done["deliver"] > CHAOS_SECONDS / 2, "that was no work"
+    logged = [text for node in hosts for _, text in _host(node).daemon_journal(chaos.began)]
+    assert any(OVERFLOW in text for text in logged)
+    back = sum(" is back after " in text for text in logged)
+    outcomes = Counter(found["outcome"] for found in map(_SYNC.search, logged) if found)
+    print(f"peers came back {back} times; syncs {dict(outcomes)}")
+
+
+def _equal_and_complete(pair: Pair, churn: Churn, chaos: Chaos) -> None:
+    began = time.monotonic()
+    wait_until_equal(pair.a, pair.b, churn.users, timeout=EQUAL_AFTER_FAULTS)
+    print(f"equal {time.monotonic() - began:.1f} s after the last fault")
+    for user in churn.keepers:
+        assert churn.accepted[user], f"{user} got no mail"
+        for node in pair:
+            lost = churn.accepted[user] - _identities(node, user)
+            assert not lost, f"{user} lost on {node.name} what LMTP accepted: {sorted(lost)}"
+    for host, since in chaos.forgotten.items():
+        _wait_passes(host, churn.users, since)
+    print(f"all passes {time.monotonic() - began:.1f} s after the last fault")
+
+
+def _wait_passes(host: Host, users: Sequence[str], since: float) -> None:
+    """Until the first pass over each of ``users`` has succeeded after the database was deleted."""
+
+    def passed() -> set[str]:
+        found = [_SYNC.search(text) for _, text in host.daemon_journal(since)]
+        ended = [one for one in found if one and one["outcome"] == "ok" and "new user" in one["reason"]]
+        return {one["user"] for one in ended}
+
+    wait_until(lambda: passed() >= set(users), EQUAL_AFTER_FAULTS, f"pass over all users on {host.name}")
+
+
+def _identities(node: Node, user: str) -> set[str]:
+    """The Message-IDs of all mails of a user."""
+    mailboxes = snapshot(node, user).mailboxes.values()
+    return {message.identity for mailbox in mailboxes for message in mailbox.messages.values()}
+
+
+def _story(pair: Pair, churn: Churn, chaos: Chaos, user: str) -> list[str]:
+    """The faults, what clients did and what the daemons logged about ``user``, in the order of time."""
+    rows = [(at, f"{name}: *** {text}") for at, name, text in chaos.story]
+    rows += [(at, text) for at, whose, text in churn.story if whose == user]
+    for node in pair:
+        for at, text in _host(node).daemon_journal(chaos.began):
+            about_others = "@example.org" in text and user not in text
+            if not about_others or text.startswith("peer "):
+                rows.append((at, f"{node.name}: {text}"))
+    lines = [f"{at - chaos.began:8.3f} {text}" for at, text in sorted(rows)]
+    return lines + [
+        f"{node.name}: {line}" for node in pair for line in node.dovecot_log() if _grave(line, user)
+    ]
+
+
+def _grave(line: str, user: str) -> bool:
+    return "Panic" in line or (user in line and any(word in line for word in ("Error", "Warning")))
+
+
+def _host(node: Node) -> Host:
+    assert isinstance(node, Host)
+    return node
