@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 from dataclasses import replace
 from typing import Optional
 
+from dovesyncd import doubt
 from dovesyncd.core import debounce, guids, outcome, retry
 from dovesyncd.core.dsync import sync_args
 from dovesyncd.core.guids import Identity
@@ -30,6 +31,7 @@ from dovesyncd.core.model import (
 )
 from dovesyncd.core.options import Config, PeerConfig
 from dovesyncd.core.schedule import SLOW_AFTER, Duty, GiveWay, PeerState, Schedule, SleepUntil, Start
+from dovesyncd.doubt import Doubt
 from dovesyncd.doveadm import Doveadm
 from dovesyncd.peer import silence
 from dovesyncd.store import Store
@@ -41,8 +43,6 @@ log = logging.getLogger(__name__)
 _LOG_EVERY = 10
 # Seconds for a doveadm command that only looks or sets one thing.
 _SMALL_DEADLINE = 60.0
-# Seconds for a peer's greeting, and before it is listened for again while syncs are slow.
-_GREETING, _DOUBT_AGAIN = 10.0, 30.0
 # Names in a message.
 _SHOWN = 10
 # The destination of a peer that is not configured.
@@ -72,6 +72,9 @@ class Brain:
         self.users: set[User] = set()
         self.orphans: set[User] = set()
         self.schedule = Schedule({}, time.time())
+        self._doubts = Doubt(
+            self.schedule, silence, lambda name: bool(self._slow(name)), self._doubted, self._check
+        )
         self._woken = asyncio.Event()
         # The identities that mailboxes had around the syncs of users for whom dsync may exchange GUIDs.
         self._seen: dict[User, set[tuple[str, Identity]]] = {}
@@ -80,8 +83,6 @@ class Brain:
         self._syncs: dict[JobKey, asyncio.Task[None]] = {}
         # Why running syncs are being ended by the daemon itself.
         self._called_off: dict[JobKey, Outcome] = {}
-        # Peers that are being asked whether they still say anything.
-        self._doubted: dict[PeerName, asyncio.Task[None]] = {}
         # Nothing is known of what was before: the database is new.
         self._anew = not jobs
         self._stopping = False
@@ -98,8 +99,8 @@ class Brain:
         self._timings = Timings(config.sync.settle, config.sync.settle_low, config.sync.longest_wait)
         self.schedule.resize({peer.name: peer.workers for peer in config.peers}, time.time())
         for key in self._syncs:
-            now = self._peers.get(key.peer)
-            if now is None or now.destination != before[key.peer].destination:
+            now, then = self._peers.get(key.peer), before.get(key.peer)
+            if now is None or then is None or now.destination != then.destination:
                 self._call_off(key, Outcome(OutcomeClass.TIMEOUT, "the peer was configured anew"))
         for key, job in self.jobs.items():
             if key.peer not in self._peers and job.destination != _NOWHERE:
@@ -257,17 +258,20 @@ class Brain:
         self.schedule.started(key, time.time())
         task = asyncio.get_running_loop().create_task(self._sync(key), name=f"sync {key.user!a}")
         self._syncs[key] = task
-        doubt = asyncio.get_running_loop().call_later(SLOW_AFTER, self._doubt, key.peer)
-        task.add_done_callback(lambda task: self._ended(key, task, doubt))
+        slow = asyncio.get_running_loop().call_later(SLOW_AFTER, self._doubt, key.peer)
+        task.add_done_callback(lambda task: self._ended(key, task, slow))
 
-    def _ended(self, key: JobKey, task: asyncio.Task[None], doubt: asyncio.TimerHandle) -> None:
-        doubt.cancel()
+    def _ended(self, key: JobKey, task: asyncio.Task[None], slow: asyncio.TimerHandle) -> None:
+        slow.cancel()
         if self._syncs.get(key) is task:
             # Else the next one of the same user has begun already.
             del self._syncs[key]
         if self._called_off.pop(key, None) is not None and not self._stopping:
             # The peer may be another one now.
             self._take_up(key.user, time.time())
+        self._check(task)
+
+    def _check(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
             # Not an outcome of a sync but an error of this program: run() must not survive it.
             self._broken = task.exception()
@@ -278,31 +282,16 @@ class Brain:
         self._syncs[key].cancel()
 
     def _doubt(self, name: PeerName) -> None:
-        """A sync with this peer is slow. What waits for a peer that is silent would wait for hours."""
-        if name not in self._doubted and not self._stopping:
-            work = self._listen_for(name)
-            self._doubted[name] = asyncio.get_running_loop().create_task(work, name=f"doubt {name}")
+        if name in self._peers and not self._stopping:
+            self._doubts.about(name, self._peers[name].destination)
 
-    async def _listen_for(self, name: PeerName) -> None:
-        try:
-            while name in self._peers and self.schedule.peers[name].down_since is None:
-                self.schedule.peers[name].doubted = True
-                try:
-                    problem = await self._silence(self._peers[name].destination, _GREETING)
-                finally:
-                    self.schedule.peers[name].doubted = False
-                    self._wake()
-                slow = self._slow(name)
-                if problem:
-                    silent = Outcome(OutcomeClass.PEER_DOWN, problem)
-                    self._note_peer(JobKey(User(""), name), silent, time.time())
-                    for key in slow:
-                        self._call_off(key, silent)
-                if not slow:
-                    break
-                await asyncio.sleep(_DOUBT_AGAIN)
-        finally:
-            del self._doubted[name]
+    def _doubted(self, name: PeerName, problem: str) -> None:
+        if problem:
+            silent = Outcome(OutcomeClass.PEER_DOWN, problem)
+            self._note_peer(JobKey(User(""), name), silent, time.time())
+            for key in self._slow(name):
+                self._call_off(key, silent)
+        self._wake()
 
     def _slow(self, name: PeerName) -> list[JobKey]:
         """The peer's syncs that have been running for long."""
@@ -347,7 +336,7 @@ class Brain:
         try:
             problem, before = "", {}
             if down_since is not None:
-                problem = await self._silence(peer.destination, _GREETING)
+                problem = await self._silence(peer.destination, doubt.GREETING)
             if problem:
                 result = Outcome(OutcomeClass.PEER_DOWN, problem)
             else:
@@ -500,7 +489,7 @@ class Brain:
         stay pending."""
         self._stopping = True
         self._wake()
-        await end(list(self._doubted.values()))
+        await self._doubts.stop()
         syncs = set(self._syncs.values())
         if syncs:
             _, late = await asyncio.wait(syncs, timeout=grace)

@@ -66,6 +66,8 @@ _PRIORITY = {
     ChangeKind.DELETE: Priority.HIGH,
     ChangeKind.RENAME: Priority.HIGH,
     ChangeKind.BACKGROUND: Priority.NONE,
+    # Of all users at once after the database was lost.
+    ChangeKind.CONFIRMATION: Priority.NONE,
 }
 
 

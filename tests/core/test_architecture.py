@@ -12,7 +12,7 @@ LAYERS = (
     {"__init__"},
     {"core", "waiting"},
     {"config", "watch", "logreader", "store", "doveadm", "userdb", "notify", "journal", "peer"},
-    {"unwatched"},
+    {"unwatched", "doubt"},
     {"intake", "brain", "users"},
     {"daemon"},
 )

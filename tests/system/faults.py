@@ -150,6 +150,6 @@ def _open_files(pid: int) -> list[str]:
     found = []
     # It may end meanwhile.
     with contextlib.suppress(OSError):
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            found.append(os.readlink(entry.path))
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
     return found
