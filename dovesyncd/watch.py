@@ -65,14 +65,16 @@ class Event(NamedTuple):
 
 
 class Watch:
-    """``on_events`` gets all events of one read. It must not raise. inotify itself is started with the first
-    watch; where that fails the next one tries again."""
+    """``on_events`` gets all events of one read. It must not raise. Where inotify itself can't be started,
+    each watch tries that again."""
 
     def __init__(self, on_events: Callable[[list[Event]], None]) -> None:
         self._manager: Any = None
         self._fd = -1
         self._on_events = on_events
         self._loop = asyncio.get_running_loop()
+        with contextlib.suppress(WatchError):
+            self._start()
 
     def _start(self) -> None:
         try:

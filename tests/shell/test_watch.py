@@ -167,7 +167,6 @@ async def test_drain_does_not_wait(seen: Seen, tmp_path: Path) -> None:
 
 
 async def test_the_descriptor_is_nonblocking_and_not_for_children(seen: Seen) -> None:
-    seen.watch._start()
     assert not os.get_blocking(seen.watch._fd)
     assert not os.get_inheritable(seen.watch._fd)
     child = await asyncio.create_subprocess_exec(
@@ -185,7 +184,6 @@ async def test_the_limit_of_watches_has_a_name(
     def full(*_: object) -> int:
         return -1
 
-    seen.watch._start()
     wrapper = seen.watch._manager._inotify_wrapper
     monkeypatch.setattr(wrapper, "inotify_add_watch", full)
     monkeypatch.setattr(wrapper, "str_errno", lambda: "Errno=No space left on device (ENOSPC)")

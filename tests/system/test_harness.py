@@ -190,6 +190,7 @@ def test_daemons_are_started_and_ended(every_pair: Pair) -> None:
 
 def test_two_pairs_do_not_collide(pair_23: Pair, pair_24: Pair) -> None:
     for version, running in (("2.3", pair_23), ("2.4", pair_24)):
+        running.reset()
         with make_pair(version) as other:
             (user,) = other.fresh_users()
             other.a.deliver(user, message("elsewhere"))
