@@ -63,6 +63,7 @@ class Daemon:
             on_arrival=self._users.hint,
             on_contest=self._brain.contested,
             compare_interval=config.daemon.compare_interval,
+            progress=self._report_soon,
         )
 
     async def _ask(self) -> Accounts:

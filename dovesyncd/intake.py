@@ -102,7 +102,8 @@ class Ancestor:
 class Intake:
     """``on_change(user, kinds)`` is called in the same callback that puts the positions into the store.
     ``on_contest(user)`` comes before it if the change was made while dsync was at work on the same mailbox.
-    ``on_arrival()`` is called when a directory appeared in which unknown users may live."""
+    ``on_arrival()`` is called when a directory appeared in which unknown users may live, ``progress()`` when
+    all scans are done."""
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class Intake:
         on_arrival: Callable[[], None],
         on_contest: Callable[[User], None] = lambda user: None,
         compare_interval: float = 30.0,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._store = store
@@ -125,6 +127,7 @@ class Intake:
         self._directories: dict[int, Directory] = {}
         self._ancestors: dict[int, Ancestor] = {}
         self.compare_interval = compare_interval
+        self._progress = progress
         self.unwatched = Unwatched()
         # By st_dev: the type of a file system of other hosts, None for one of this host's own.
         self._filesystems: dict[int, Optional[str]] = {}
@@ -302,6 +305,7 @@ class Intake:
             await self._scan_due()
             if not self._unscanned:
                 self.unwatched.report(len(self._directories) + len(self._ancestors), self.compare_interval)
+                self._progress()
 
     def _pause(self) -> Optional[float]:
         """Seconds until there is something to scan if nothing happens; None if there is nothing then."""
