@@ -26,8 +26,9 @@ USERS = 10
 SECONDS = 15.0
 RUNS = int(os.environ.get("CHURN_RUNS", "1"))
 DEBUG = '[daemon]\nlog_level = "debug"\n'
-# Within so many seconds of the end both nodes are equal.
-EQUAL_WITHIN = 10.0
+# Seconds after the end in which both nodes become equal; how many it were is printed, 1 to 4 on a machine
+# that does nothing else. A dsync that stalls in Dovecot holds its user up for as long as lock_timeout, 30 s.
+EQUAL_WITHIN = 75.0
 CHAOS_SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
 # After the last fault is lifted: a peer that was down is asked again after a minute at most.
 EQUAL_AFTER_FAULTS = 150.0
